@@ -1,0 +1,64 @@
+# MorphServe on Triton. `make` lists the targets; each of them sets itself up on first use.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+EXTRAS ?= server,embedded,plots,dev
+# PYTHON: an interpreter 3.10 to 3.12 (default: the first fit one of python3.11, 3.12, 3.10, python3).
+# PIP_INDEX: a package index to use instead of pip's own.
+# TORCH_INDEX: a further index for PyTorch, such as that of its CPU wheels; see CONTRIBUTING.md.
+PIP_INDEX ?=
+TORCH_INDEX ?=
+# ARGS: more arguments for demo, serve and the tests, as in make test-unit ARGS="-k arena -x".
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+
+.PHONY: help setup demo serve test test-unit test-triton lint format clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install everything the CPU set-up needs
+	@echo "setup: $(VENV) is up to date"
+
+$(STAMP): export VENV := $(VENV)
+$(STAMP): export EXTRAS := $(EXTRAS)
+$(STAMP): export PYTHON := $(PYTHON)
+$(STAMP): export PIP_INDEX := $(PIP_INDEX)
+$(STAMP): export TORCH_INDEX := $(TORCH_INDEX)
+$(STAMP): pyproject.toml constraints/cpu.txt
+	@tools/setup_venv.sh
+	@touch $@
+
+demo: $(STAMP) ## a real Triton, a small model, a burst of requests and a picture of the morphing
+	@$(BIN)/morph demo $(ARGS)
+
+serve: $(STAMP) ## serve a model; MORPH_MODEL, MORPH_MODE, MORPH_MEMORY_BUDGET_GIB, MORPH_{HTTP,GRPC,METRICS}_PORT
+	@$(BIN)/morph serve $(ARGS)
+
+test: $(STAMP) ## the whole CPU suite, real tritonserver included
+	@$(BIN)/pytest tests/unit tests/triton $(ARGS)
+
+test-unit: $(STAMP) ## the fast tests, no server
+	@$(BIN)/pytest tests/unit $(ARGS)
+
+test-triton: $(STAMP) ## the tests against a real tritonserver
+	@$(BIN)/pytest tests/triton $(ARGS)
+
+lint: $(STAMP) ## ruff, its formatter in check mode, and mypy --strict
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: $(STAMP) ## let ruff format the code and mend what it safely can
+	@$(BIN)/ruff check --fix-only --quiet
+	@$(BIN)/ruff format
+
+clean: ## remove caches and build products, keep .venv
+	@rm -rf build dist demo-report *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv too
+	@rm -rf $(VENV)
