@@ -1,0 +1,311 @@
+"""The settings of the engine: one validated tree of dataclasses.
+
+Sources, later ones win: the defaults here, `model.json` of the Triton model, the environment
+(`MORPH_*`). Each field has a unit and a docstring; a bad value is a `ConfigError` that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from morph_runtime.errors import ConfigError
+
+MODES = ("accuracy", "balanced", "performance", "off")
+DTYPES = ("auto", "bfloat16", "float32")
+RUNGS = ("w8", "w4")
+REUSES = ("exact", "at_least", "any")
+BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which model, and in which numeric type."""
+
+    path: str = ""
+    """Folder of a Hugging Face checkpoint (config.json, safetensors, tokenizer.json), or a pack of one."""
+    awq_path: str = ""
+    """Folder of an AWQ checkpoint of the same model (`morph quantize` makes one): W4 comes from it. Empty: W4 is
+    rounded to nearest."""
+    dtype: str = "auto"
+    """`bfloat16`, `float32`, or `auto`: bfloat16 on every device. float32 is meant for equality tests."""
+    max_model_len: int = 0
+    """Tokens of prompt + output per request; 0: the model's limit, lowered to what base KV capacity holds."""
+    verify_pack: bool = False
+    """Read a whole pack at start and compare its checksums; else sizes, and checksums of its small files only."""
+    pack_source: str = ""
+    """Folder of the checkpoint that the pack was made from: if it has changed since, the start is refused. Empty: it
+    is not looked at."""
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """The memory budget and how it is cut."""
+
+    budget_gib: float = 0.0
+    """GiB for weights, KV cache, staging and workspace; 0: weights at full precision + `kv_tokens` of KV cache."""
+    kv_tokens: int = 8192
+    """Tokens of base KV capacity when `budget_gib` is 0."""
+    extent_kib: int = 0
+    """KiB per physical extent of the page arena; 0: chosen from the budget."""
+    block_tokens: int = 16
+    """Tokens per KV block."""
+    prefault: bool = True
+    """Fill page tables when pages are mapped (one call) instead of at each first touch."""
+
+
+@dataclass(frozen=True)
+class SchedulerSettings:
+    """Limits of continuous batching; names are vLLM's."""
+
+    max_num_seqs: int = 64
+    """Requests that run at the same time."""
+    max_num_batched_tokens: int = 512
+    """Tokens of one step, prefill chunks and decodes together."""
+    watermark: float = 0.01
+    """Share of KV blocks kept free when a request is admitted, so that decodes can go on."""
+    line: int = 2
+    """Requests that may wait in the engine for their first step; the rest waits in Triton's queue."""
+    grammar_cache: int = 64
+    """Compiled grammars of structured outputs that are kept for later requests; 0: none."""
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """The prefix cache: KV blocks that requests have computed serve later ones with the same leading tokens."""
+
+    prefix: bool = True
+    """Reuse full KV blocks of equal prefixes; false computes every prompt anew."""
+    reuse: str = "at_least"
+    """Which blocks a request may take, by the level at which their whole prefix was computed: `exact`, wholly at
+    the present level (the output is what it would be without the cache); `at_least`, at this level or milder ones
+    (quality is never below that of computing anew; level 0 never reads KV of quantized layers); `any`, at
+    whatever level (most hits; after a burst, requests at level 0 may read KV of quantized layers)."""
+
+
+@dataclass(frozen=True)
+class MorphSettings:
+    """The controller's targets."""
+
+    mode: str = "balanced"
+    """`accuracy`, `balanced`, `performance`, or `off` (level 0 always)."""
+    ladder: tuple[str, ...] = ("w4",)
+    """Rungs below full precision, from mild to deep; level k walks all layers down the first, then the next."""
+    order: str = "auto"
+    """Layer order: `auto` (the pack's, else `front_to_back`), `front_to_back`, `back_to_front`, or comma-separated
+    layer numbers (a permutation)."""
+    ttft_slo_s: float = 2.0
+    """Seconds from arrival to first token that the controller tries to hold."""
+    interval_s: float = 0.05
+    """Seconds between decisions."""
+    dwell_s: float = 2.0
+    """Seconds for which the pressure must have gone before a level is given back."""
+    signal_stale_s: float = 2.0
+    """Age in seconds at which the outer queue's signal no longer counts."""
+
+
+@dataclass(frozen=True)
+class KernelSettings:
+    """Which kernel serves which rung; empty means the first that can."""
+
+    full: str = ""
+    """Name of the full-precision linear kernel."""
+    w8: str = ""
+    """Name of the W8 linear kernel."""
+    w4: str = ""
+    """Name of the W4 linear kernel."""
+    threads: int = 0
+    """CPU threads of the engine; 0: all cores but one, at least one."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything the engine process needs to start."""
+
+    model: ModelSettings = field(default_factory=ModelSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    scheduler: SchedulerSettings = field(default_factory=SchedulerSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    morph: MorphSettings = field(default_factory=MorphSettings)
+    kernels: KernelSettings = field(default_factory=KernelSettings)
+    device: str = "cpu"
+    """`cpu` (CUDA follows)."""
+    stats_interval_s: float = 0.2
+    """Seconds between statistics snapshots."""
+    check_integrity: bool = False
+    """Run the integrity check after every step (tests); it always runs when the engine goes idle."""
+
+    def to_json(self) -> str:
+        """The tree as JSON; `from_mapping(json.loads(...))` gives it back."""
+        return json.dumps(_as_plain(self))
+
+    @staticmethod
+    def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
+        """Build from nested mappings.
+
+        Raises:
+            ConfigError: an unknown key, a wrong type, or a value out of range; the text names the field.
+        """
+        config = _build(EngineConfig, values, "")
+        assert isinstance(config, EngineConfig)
+        validate(config)
+        return config
+
+    def with_environment(self, env: Mapping[str, str] | None = None) -> EngineConfig:
+        """This configuration with `MORPH_*` environment values on top.
+
+        Raises:
+            ConfigError: a value is not of the field's type or out of range; the text names the variable.
+        """
+        env = os.environ if env is None else env
+        config = self
+        for name, (group, key) in ENVIRONMENT.items():
+            text = env.get(name, "")
+            if text == "":
+                continue
+            section = getattr(config, group)
+            kind = get_type_hints(type(section))[key]
+            try:
+                value = _parse(kind, text)
+            except ValueError:
+                raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {text!r}.") from None
+            config = replace(config, **{group: replace(section, **{key: value})})
+        validate(config)
+        return config
+
+
+ENVIRONMENT: Mapping[str, tuple[str, str]] = {
+    "MORPH_MODEL": ("model", "path"),
+    "MORPH_AWQ": ("model", "awq_path"),
+    "MORPH_DTYPE": ("model", "dtype"),
+    "MORPH_PACK_SOURCE": ("model", "pack_source"),
+    "MORPH_MAX_MODEL_LEN": ("model", "max_model_len"),
+    "MORPH_MEMORY_BUDGET_GIB": ("memory", "budget_gib"),
+    "MORPH_KV_TOKENS": ("memory", "kv_tokens"),
+    "MORPH_MAX_NUM_SEQS": ("scheduler", "max_num_seqs"),
+    "MORPH_MAX_NUM_BATCHED_TOKENS": ("scheduler", "max_num_batched_tokens"),
+    "MORPH_PREFIX_CACHE": ("cache", "prefix"),
+    "MORPH_PREFIX_REUSE": ("cache", "reuse"),
+    "MORPH_MODE": ("morph", "mode"),
+    "MORPH_LADDER": ("morph", "ladder"),
+    "MORPH_ORDER": ("morph", "order"),
+    "MORPH_TTFT_SLO_S": ("morph", "ttft_slo_s"),
+    "MORPH_THREADS": ("kernels", "threads"),
+}
+
+
+def validate(config: EngineConfig) -> None:
+    """Check every range.
+
+    Raises:
+        ConfigError: the first value that is out of range, with its limits.
+    """
+    limits: list[tuple[str, float, float, float]] = [
+        ("model.max_model_len", config.model.max_model_len, 0, 2**24),
+        ("memory.budget_gib", config.memory.budget_gib, 0, 2**20),
+        ("memory.kv_tokens", config.memory.kv_tokens, 16, 2**40),
+        ("memory.extent_kib", config.memory.extent_kib, 0, 2**20),
+        ("memory.block_tokens", config.memory.block_tokens, 1, 1024),
+        ("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 65536),
+        ("scheduler.max_num_batched_tokens", config.scheduler.max_num_batched_tokens, 1, 2**20),
+        ("scheduler.watermark", config.scheduler.watermark, 0, 0.5),
+        ("scheduler.line", config.scheduler.line, 1, 65536),
+        ("scheduler.grammar_cache", config.scheduler.grammar_cache, 0, 65536),
+        ("morph.ttft_slo_s", config.morph.ttft_slo_s, 1e-3, 3600),
+        ("morph.interval_s", config.morph.interval_s, 1e-3, 60),
+        ("morph.dwell_s", config.morph.dwell_s, 0, 3600),
+        ("morph.signal_stale_s", config.morph.signal_stale_s, 1e-2, 3600),
+        ("kernels.threads", config.kernels.threads, 0, 4096),
+        ("stats_interval_s", config.stats_interval_s, 1e-3, 60),
+    ]
+    for name, value, low, high in limits:
+        if not (math.isfinite(value) and low <= value <= high):
+            raise ConfigError(f"{name} must be between {low:g} and {high:g}, but is {value}.")
+    if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
+        raise ConfigError(
+            f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
+            f"({config.scheduler.max_num_seqs}), but is {config.scheduler.max_num_batched_tokens}."
+        )
+    _one_of("cache.reuse", config.cache.reuse, REUSES)
+    _one_of("morph.mode", config.morph.mode, MODES)
+    _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("device", config.device, ("cpu",))
+    for rung in config.morph.ladder:
+        _one_of("morph.ladder", rung, RUNGS)
+    if not config.morph.ladder or len(set(config.morph.ladder)) != len(config.morph.ladder):
+        raise ConfigError("morph.ladder must name each rung at most once and at least one of: w8, w4.")
+    if list(config.morph.ladder) != [r for r in RUNGS if r in config.morph.ladder]:
+        raise ConfigError("morph.ladder must go from mild to deep: w8 before w4.")
+    if config.model.awq_path and "w4" not in config.morph.ladder:
+        raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
+
+
+def resolve_model_folder(path: str) -> Path:
+    """The model folder as a path.
+
+    Raises:
+        ConfigError: no path was given, or it is not a folder with a config.json.
+    """
+    if not path:
+        raise ConfigError("No model was given: set MORPH_MODEL to the folder of a Hugging Face checkpoint.")
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ConfigError(f"The model folder '{path}' does not exist: set MORPH_MODEL to a folder with a config.json.")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"The model folder '{path}' has no config.json: it must be a Hugging Face checkpoint.")
+    return folder
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names.get(kind, "a comma-separated list")
+
+
+def _parse(kind: Any, text: str) -> Any:
+    """The value that an environment variable spells; raises ValueError."""
+    if kind is bool:
+        if text.lower() not in BOOLEANS:
+            raise ValueError(text)
+        return BOOLEANS[text.lower()]
+    return kind(text) if kind in (int, float, str) else tuple(filter(None, text.split(",")))
+
+
+def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'The configuration'} must be an object with named fields.")
+    hints = get_type_hints(cls)
+    known = {f.name for f in fields(cls)}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"Unknown setting '{prefix}{key}'; known are: {', '.join(sorted(known))}.")
+        arguments[key] = _convert(hints[key], value, prefix + key)
+    return cls(**arguments)
+
+
+def _convert(kind: Any, value: Any, name: str) -> Any:
+    if is_dataclass(kind):
+        return _build(kind, value, name + ".")
+    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    if kind in (int, str, bool) and type(value) is kind:
+        return value
+    if kind == tuple[str, ...] and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {value!r}.")
+
+
+def _as_plain(node: Any) -> Any:
+    if is_dataclass(node):
+        return {f.name: _as_plain(getattr(node, f.name)) for f in fields(node)}
+    return list(node) if isinstance(node, tuple) else node

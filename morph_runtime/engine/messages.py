@@ -1,0 +1,245 @@
+"""The messages between the serving process and the engine process (MessagePack, length-prefixed, over a socket pair).
+
+One frame carries one message; a message is one of the tagged structs below. Times are seconds of
+`time.monotonic()`, which both processes share on one machine. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class StructuredOutputs(msgspec.Struct, frozen=True):
+    """The form that a request's output must have.
+
+    Attributes:
+        kind: `json` (text is a JSON schema), `regex`, `choice` (text is a JSON list of strings) or `grammar`
+            (EBNF in GBNF's or Lark's notation).
+        text: the definition.
+        whitespace: regular expression of the white space between JSON tokens; empty: none is allowed.
+    """
+
+    kind: str
+    text: str
+    whitespace: str = ""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How the tokens of one request are chosen; names and defaults are vLLM's.
+
+    Valid by construction only when made by `morph_runtime.text.parameters`; the engine trusts it.
+    `stop`, `include_stop_str_in_output`, `skip_special_tokens` and `bad_words` act on text and stay in the
+    serving process, which adds `bad_word_ids`: the token sequences that the engine must not complete.
+    `score` asks for the log probability of each chosen token even without `logprobs`.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    score: bool = False
+    structured_outputs: StructuredOutputs | None = None
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    """The first frame to a new engine process: its `EngineConfig` as JSON."""
+
+    config: str
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """A new request. `key` is unique for the life of the serving process; `priority` 0 is the highest."""
+
+    key: int
+    prompt: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    arrival_s: float = 0.0
+    slo_class: str = ""
+
+
+class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
+    """End a request and free its blocks. No answer follows but the acknowledging `Finished(reason="cancelled")`."""
+
+    key: int
+
+
+class QueueSignal(msgspec.Struct, frozen=True, tag="queue"):
+    """What the outer queue (Triton's) shows; sent a few times a second by the serving process.
+
+    Attributes:
+        taken_s: when it was read (monotonic seconds); the controller ignores a stale one.
+        pending: requests in the outer queue, the one held in `execute()` included.
+        queue_time_s: mean time that requests of the last interval spent in the queue; 0 without any.
+        arrivals_per_s: request rate of the last interval.
+    """
+
+    taken_s: float
+    pending: int
+    queue_time_s: float = 0.0
+    arrivals_per_s: float = 0.0
+
+
+class SetMode(msgspec.Struct, frozen=True, tag="mode"):
+    """Change the controller's mode at run time: `accuracy`, `balanced`, `performance` or `off`."""
+
+    mode: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag="drain"):
+    """Finish what runs, then exit with status 0."""
+
+
+ToEngine = Start | Submit | Cancel | QueueSignal | SetMode | Drain
+
+
+class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
+    """Sent once, when the engine is ready."""
+
+    model: str
+    architecture: str
+    device: str
+    dtype: str
+    num_layers: int
+    vocab_size: int
+    eos_token_ids: list[int]
+    max_model_len: int
+    max_num_seqs: int
+    block_tokens: int
+    base_blocks: int
+    level_max: int
+    ladder: list[str]
+    budget_bytes: int
+    start_s: float
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probabilities at one position, before temperature, penalties and the like (vLLM's `raw_logprobs`).
+
+    Attributes:
+        rank: of the chosen token; 1 is the most likely.
+        ids: the chosen token, then the most likely ones in order (ranks 1, 2, ...), as many as were asked for.
+        values: natural logarithms, one per id; never below `LOGPROB_MIN`.
+    """
+
+    rank: int
+    ids: list[int]
+    values: list[float]
+
+
+LOGPROB_MIN = -9999.0
+"""Stands for minus infinity, which JSON does not have (as in vLLM's OpenAI server)."""
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request, with the level at which each was computed.
+
+    `logprobs` has one entry per token if the request asked for them, else none.
+    """
+
+    key: int
+    tokens: list[int]
+    levels: list[int]
+    logprobs: list[TokenLogprobs] = []
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    """A request has ended: `stop`, `length`, `cancelled`, `invalid` or `error` (these two: `detail` is a sentence).
+
+    `invalid` is the client's fault, found only in the engine (a grammar that does not compile).
+    """
+
+    key: int
+    reason: str
+    detail: str = ""
+    preemptions: int = 0
+
+
+class StepOutput(msgspec.Struct, frozen=True, tag="step"):
+    """What one engine step produced.
+
+    `started` lists requests that were scheduled for the first time in this step (their credit is
+    free again); `tokens` come before `finished` of the same request.
+    """
+
+    started: list[int]
+    tokens: list[TokenDelta]
+    finished: list[Finished]
+    waiting: int
+    running: int
+    started_cached: list[int] = []
+    """For each of `started`: tokens of its prompt that the prefix cache held."""
+
+
+class Decision(msgspec.Struct, frozen=True):
+    """One decision of the controller, with its inputs and its reason."""
+
+    at_s: float
+    action: str
+    reason: str
+    level_from: int
+    level_to: int
+    inputs: dict[str, float]
+
+
+class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
+    """A snapshot of the engine, sent a few times a second and at each change of level.
+
+    Counters are totals since the engine started; `prefix_queries` and `prefix_hits` count tokens.
+    `layer_bits` has one entry per decoder layer: 16, 8 or 4.
+    Bytes are of the page arena. `decisions` holds those made since the last snapshot.
+    """
+
+    at_s: float
+    level: int
+    mode: str
+    layer_bits: list[int]
+    kv_blocks_capacity: int
+    kv_blocks_used: int
+    waiting: int
+    running: int
+    steps: int
+    step_seconds: float
+    preemptions: int
+    shifts_down: int
+    shifts_up: int
+    shift_down_seconds: float
+    shift_up_seconds: float
+    blocks_migrated: int
+    weights_bytes: int
+    kv_bytes: int
+    static_bytes: int
+    free_bytes: int
+    resident_bytes: int
+    decisions: list[Decision]
+    decision_counts: dict[str, int]
+    shifts_by_rung: dict[str, int]
+    shifts_refused: int = 0
+    kv_blocks_cached: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+
+
+class EngineFailure(msgspec.Struct, frozen=True, tag="failure"):
+    """The engine cannot go on (or could not start): one sentence. The process exits after it."""
+
+    message: str
+    user_error: bool = False
+
+
+FromEngine = EngineInfo | StepOutput | EngineStats | EngineFailure

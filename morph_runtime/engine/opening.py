@@ -1,0 +1,89 @@
+"""Opens the weights that the settings name: a checkpoint as it is, or a pack of one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from morph_runtime.config import EngineConfig
+from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.rung import Rung
+from morph_runtime.morph.levels import LevelPlan, parse_order
+from morph_runtime.pack.reader import PackReader
+from morph_runtime.weights.awq import AwqCheckpoint
+from morph_runtime.weights.reader import CheckpointReader
+from morph_runtime.weights.slots import LayerSlots
+from morph_runtime.weights.spec import ModelSpec
+from morph_runtime.weights.static import StaticWeights
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model whose slots can be filled."""
+
+    spec: ModelSpec
+    slots: LayerSlots
+    static: StaticWeights
+    plan: LevelPlan
+
+
+def open_checkpoint(config: EngineConfig, folder: Path) -> OpenModel:
+    """A Hugging Face checkpoint, and the AWQ checkpoint beside it if one is set.
+
+    Raises:
+        ConfigError: a checkpoint is damaged or cannot be served with these settings.
+    """
+    if config.model.pack_source:
+        raise ConfigError(f"model.pack_source is set, but {folder} is not a pack: unset it (MORPH_PACK_SOURCE).")
+    spec, reader = ModelSpec.from_folder(folder), CheckpointReader(folder)
+    awq = AwqCheckpoint(config.model.awq_path, spec, reader) if config.model.awq_path else None
+    slots = LayerSlots(spec, reader, dtype_of(config), _rungs(config), forced=forced_kernels(config), awq=awq)
+    static = StaticWeights(spec, reader, slots.dtype)
+    return OpenModel(spec, slots, static, LevelPlan(parse_order(config.morph.order, spec.layers), slots.rungs[1:]))
+
+
+def open_pack(config: EngineConfig, folder: Path) -> OpenModel:
+    """A pack, checked against the settings and this machine.
+
+    Raises:
+        ConfigError: it is damaged, stale, or made for something else; the text says what and the remedy.
+    """
+    if config.model.awq_path:
+        raise ConfigError(
+            f"model.awq_path is set, but {folder} is a pack, whose W4 is its own: unset it (MORPH_AWQ), or pack the "
+            f"model with --awq {config.model.awq_path}."
+        )
+    pack = PackReader(folder)
+    try:
+        spec, dtype, rungs = ModelSpec.from_folder(folder), dtype_of(config), _rungs(config)
+        pack.check_settings(dtype, rungs, spec.layers)
+        slots = LayerSlots(spec, pack, dtype, rungs, forced=forced_kernels(config))
+        static = StaticWeights(spec, pack, dtype)
+        pack.check_layouts(slots, static)
+        if config.model.pack_source:
+            pack.check_source(Path(config.model.pack_source))
+        if config.model.verify_pack:
+            pack.verify()
+        auto = config.morph.order == "auto"
+        order = tuple(pack.manifest.order) if auto else parse_order(config.morph.order, spec.layers)
+    except BaseException:
+        pack.close()
+        raise
+    return OpenModel(spec, slots, static, LevelPlan(order, rungs[1:]))
+
+
+def dtype_of(config: EngineConfig) -> torch.dtype:
+    """Type of activations and full-precision weights."""
+    return torch.float32 if config.model.dtype == "float32" else torch.bfloat16
+
+
+def forced_kernels(config: EngineConfig) -> dict[Rung, str]:
+    """Kernels that the settings name, by rung; empty text is free choice."""
+    return {"full": config.kernels.full, "w8": config.kernels.w8, "w4": config.kernels.w4}
+
+
+def _rungs(config: EngineConfig) -> tuple[Rung, ...]:
+    return ("full", *(cast(Rung, rung) for rung in config.morph.ladder))

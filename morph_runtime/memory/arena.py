@@ -1,0 +1,202 @@
+"""The contract of the page arena.
+
+Physical memory is created once, as extents of equal size. Address ranges are reserved apart from
+it. `map` puts extents behind addresses, `unmap` takes them away; addresses never change, so tensors
+and captured graphs over a range stay valid.
+
+The calls are those of CUDA's virtual memory management: `reserve` is cuMemAddressReserve, the
+constructor runs cuMemCreate once per extent, `_map` is one cuMemMap per extent and one cuMemSetAccess
+over the whole run, `_unmap` is one cuMemUnmap over whole extents (it releases no handle), `close` adds
+cuMemRelease and cuMemAddressFree. An extent is then a multiple of the device's allocation granularity.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from morph_runtime.errors import IntegrityError, MorphError
+
+UNMAPPED = -1
+
+
+class ArenaExhausted(MorphError):
+    """Fewer extents are free than a `map` needs. Nothing has changed."""
+
+
+class VirtualRange:
+    """Reserved addresses. `physical[i]` is the extent behind the i-th piece, or UNMAPPED."""
+
+    def __init__(self, name: str, address: int, extents: int) -> None:
+        self.name = name
+        self.address = address
+        self.extents = extents
+        self.physical = [UNMAPPED] * extents
+
+    @property
+    def mapped(self) -> int:
+        """Pieces that have memory."""
+        return sum(1 for p in self.physical if p != UNMAPPED)
+
+
+class PageArena(ABC):
+    """Extents and ranges. Calls come from one thread; tensors may be used from any."""
+
+    def __init__(self, total_extents: int, extent_bytes: int) -> None:
+        self.total_extents = total_extents
+        self.extent_bytes = extent_bytes
+        self._free = ExtentList(total_extents)
+        self._ranges: dict[str, VirtualRange] = {}
+
+    @property
+    def free_extents(self) -> int:
+        """Extents that are behind no address."""
+        return len(self._free)
+
+    @property
+    def ranges(self) -> Mapping[str, VirtualRange]:
+        """All reserved ranges, by name."""
+        return self._ranges
+
+    def reserve(self, name: str, nbytes: int) -> VirtualRange:
+        """Reserve addresses for `nbytes`, rounded up to extents; takes no memory.
+
+        Raises:
+            ValueError: the name is taken, or `nbytes` is not positive.
+            OSError: the address space is exhausted.
+        """
+        if name in self._ranges or nbytes <= 0:
+            raise ValueError(f"cannot reserve {nbytes} bytes as '{name}'")
+        extents = -(-nbytes // self.extent_bytes)
+        span = VirtualRange(name, self._reserve(extents * self.extent_bytes), extents)
+        self._ranges[name] = span
+        return span
+
+    def map(self, span: VirtualRange, first: int, count: int) -> None:
+        """Put `count` free extents behind the pieces from `first` on. Their content is undefined.
+
+        Raises:
+            ArenaExhausted: fewer are free; nothing has changed.
+            IntegrityError: a piece has memory already, or lies outside the range; nothing has changed.
+            OSError: the system refused (too many mappings, say); nothing has changed.
+        """
+        if count == 0:
+            return
+        if not _inside(span, first, count) or any(p != UNMAPPED for p in span.physical[first : first + count]):
+            raise IntegrityError(f"{span.name}: pieces {first}..{first + count - 1} cannot be mapped.")
+        if count > len(self._free):
+            raise ArenaExhausted(f"{span.name}: {count} extents are needed, {len(self._free)} are free.")
+        taken = self._free.take(count)
+        place = first
+        try:
+            for start, length in runs(taken):
+                self._map(span.address + place * self.extent_bytes, start, length)
+                place += length
+        except OSError:
+            if place > first:
+                self._unmap(span.address + first * self.extent_bytes, (place - first) * self.extent_bytes)
+            self._free.give(taken)
+            raise
+        span.physical[first : first + count] = taken
+
+    def unmap(self, span: VirtualRange, first: int, count: int) -> None:
+        """Take the memory of `count` pieces away; it is free again, its content is lost.
+
+        Raises:
+            IntegrityError: a piece has no memory, or lies outside the range; nothing has changed.
+            OSError: the system refused; the books are unchanged.
+        """
+        if count == 0:
+            return
+        pieces = span.physical[first : first + count]
+        if not _inside(span, first, count) or UNMAPPED in pieces:
+            raise IntegrityError(f"{span.name}: pieces {first}..{first + count - 1} are not all mapped.")
+        self._unmap(span.address + first * self.extent_bytes, count * self.extent_bytes)
+        span.physical[first : first + count] = [UNMAPPED] * count
+        self._free.give(pieces)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Mapped bytes by range name."""
+        return {name: span.mapped * self.extent_bytes for name, span in self._ranges.items()}
+
+    def check_integrity(self) -> None:
+        """Every extent is free or behind exactly one address.
+
+        Raises:
+            IntegrityError: it is not.
+        """
+        mapped = [p for span in self._ranges.values() for p in span.physical if p != UNMAPPED]
+        if len(set(mapped)) != len(mapped):
+            raise IntegrityError("An extent is mapped twice.")
+        if sorted([*mapped, *self._free]) != list(range(self.total_extents)):
+            raise IntegrityError(
+                f"{len(mapped)} mapped and {len(self._free)} free extents do not make up {self.total_extents}."
+            )
+
+    @abstractmethod
+    def tensor(self, span: VirtualRange, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A view over the addresses from byte `offset` on; valid for the arena's life.
+
+        It may reach over pieces without memory. Touching those is a fault of the caller that ends
+        the process (a segmentation fault on CPU), by intent: it can never read another's data.
+
+        Raises:
+            ValueError: it does not lie within the range.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back to the system. No tensor may be used afterwards."""
+
+    @abstractmethod
+    def _reserve(self, nbytes: int) -> int:
+        """Addresses without memory; returns the first."""
+
+    @abstractmethod
+    def _map(self, address: int, extent: int, count: int) -> None:
+        """Put `count` consecutive extents from `extent` on behind `address`, or raise OSError and change nothing."""
+
+    @abstractmethod
+    def _unmap(self, address: int, nbytes: int) -> None:
+        """Leave addresses, whole extents of one range, reserved but without memory. Waits for no reader."""
+
+
+class ExtentList:
+    """Free extents; hands out the lowest, so that runs stay long and mappings few."""
+
+    def __init__(self, total: int) -> None:
+        self._ids = list(range(total))
+
+    def __len__(self) -> int:
+        """How many are free."""
+        return len(self._ids)
+
+    def __iter__(self) -> Iterator[int]:
+        """The free ids, ascending."""
+        return iter(self._ids)
+
+    def take(self, count: int) -> list[int]:
+        """The `count` lowest ids."""
+        taken, self._ids = self._ids[:count], self._ids[count:]
+        return taken
+
+    def give(self, ids: list[int]) -> None:
+        """Put ids back."""
+        self._ids = sorted(self._ids + ids)  # timsort merges the two sorted runs in linear time
+
+
+def _inside(span: VirtualRange, first: int, count: int) -> bool:
+    return 0 <= first <= first + count <= span.extents
+
+
+def runs(ids: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive ids as (first, length)."""
+    result: list[tuple[int, int]] = []
+    for i in ids:
+        if result and sum(result[-1]) == i:
+            result[-1] = (result[-1][0], result[-1][1] + 1)
+        else:
+            result.append((i, 1))
+    return result

@@ -1,0 +1,1 @@
+"""Decoder families: one decoder, driven by a model's specification."""

@@ -1,0 +1,115 @@
+"""A decoder-only transformer over a paged KV cache; the layers' weights come anew with every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention import AttentionShape, PagedKV
+from morph_runtime.kernels.attention_cpu import CpuPagedAttention
+from morph_runtime.kernels.pointwise import head_norm, rms_norm, swiglu
+from morph_runtime.kernels.rope import RopeTable
+from morph_runtime.models.batch import StepBatch
+from morph_runtime.weights.bound import LayerWeights
+from morph_runtime.weights.spec import ModelSpec
+from morph_runtime.weights.static import StaticTensors
+
+
+class Decoder:
+    """Runs steps. Knows nothing of morphing: any mix of rungs will do. One thread at a time."""
+
+    def __init__(
+        self, spec: ModelSpec, static: StaticTensors, kv: PagedKV, scratch: Tensor, max_model_len: int = 0
+    ) -> None:
+        """Look up what stays the same for life.
+
+        Args:
+            spec: the model.
+            static: embedding, final norm and output matrix; their type is that of the activations.
+            kv: the cache; its tensors are looked up once.
+            scratch: uint8 [>= LayerSlots.scratch_bytes], aligned to 64 bytes, overwritten by every forward.
+            max_model_len: tokens of the longest request; 0: the model's own limit.
+
+        Raises:
+            ConfigError: `max_model_len` is beyond the model's limit, or the cache has another shape or type.
+        """
+        limit = max_model_len or spec.max_positions
+        if limit > spec.max_positions:
+            raise ConfigError(f"model.max_model_len is {limit}, but the model is made for {spec.max_positions} tokens.")
+        dtype, keys = static.embedding.dtype, kv.k(0)
+        if tuple(keys.shape[2:]) != (spec.kv_heads, spec.head_dim) or keys.dtype != dtype:
+            raise ConfigError(
+                f"The KV cache holds {tuple(keys.shape[2:])} of {keys.dtype} per token, "
+                f"but the model needs {(spec.kv_heads, spec.head_dim)} of {dtype}."
+            )
+        self._spec, self._static, self._scratch = spec, static, scratch
+        shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, keys.shape[1], limit)
+        self._attention = CpuPagedAttention(shape, kv, spec.layers, dtype)
+        self._windows = set(spec.windows)
+        self._rope = RopeTable(spec.rope, spec.head_dim, limit, dtype)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that it holds for life, `scratch` apart: attention's workspace and the rotary table."""
+        return self._attention.workspace_bytes + self._rope.nbytes
+
+    @staticmethod
+    def workspace_for(spec: ModelSpec, max_model_len: int, block_tokens: int, dtype: torch.dtype, tokens: int) -> int:
+        """Upper bound of `workspace_bytes` and of the activations of a step of `tokens` tokens, in bytes."""
+        shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, max_model_len)
+        table = max_model_len * 2 * spec.head_dim * dtype.itemsize
+        # The widest moment of a layer: residual, norm, qkv or the MLP's inner values, and their product.
+        width = 2 * spec.hidden + max(3 * spec.ffn, 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
+        return CpuPagedAttention.workspace_for(shape, dtype) + table + tokens * width * dtype.itemsize
+
+    def forward(self, batch: StepBatch, layers: Sequence[LayerWeights]) -> Tensor:
+        """Run one step: writes the K and V of its tokens, returns logits.
+
+        Args:
+            batch: the step; it must hold together (models.batch.check_batch).
+            layers: the weights of every layer in order, each at any rung.
+
+        Returns:
+            float32 [S, vocab], a new tensor: row i belongs to token logits_at[i].
+        """
+        logits = torch.empty(batch.logits_at.shape[0], self._spec.vocab, dtype=torch.float32)
+        with torch.inference_mode():
+            hidden = self._layers(batch, layers)
+            if hidden is not None:
+                hidden = rms_norm(hidden, self._static.final_norm, self._spec.norm_eps)
+                logits.copy_(F.linear(hidden, self._static.lm_head))
+        return logits
+
+    def _layers(self, batch: StepBatch, layers: Sequence[LayerWeights]) -> Tensor | None:
+        """Hidden states [S, hidden] after the last layer of the tokens in logits_at; None if there are none."""
+        spec, scratch, eps = self._spec, self._scratch, self._spec.norm_eps
+        queries, head_dim = spec.heads, spec.head_dim
+        rotated_heads = queries + spec.kv_heads
+        rotated = rotated_heads * head_dim
+        tokens, wanted = batch.token_ids.shape[0], batch.logits_at.shape[0]
+        hidden = self._static.embedding.index_select(0, batch.token_ids)
+        cos, sin = self._rope.lookup(batch.positions)
+        plans = {w: self._attention.plan(batch.sequences, batch.block_tables, w) for w in self._windows}
+        last = len(layers) - 1
+        for i, layer in enumerate(layers):
+            qkv = layer.qkv.run(rms_norm(hidden, layer.input_norm, eps), scratch)
+            plan = plans[spec.windows[i]]
+            qk = qkv[:, :rotated].view(tokens, rotated_heads, head_dim)
+            if layer.qk_norm is not None:
+                qk = head_norm(qk, layer.qk_norm, eps)
+            qk = self._rope.rotate(qk, cos, sin)
+            values = qkv[:, rotated:].view(tokens, spec.kv_heads, head_dim)
+            self._attention.store(qk[:, queries:], values, batch.slots, i, plan)
+            if i == last and wanted == 0:
+                return None
+            mixed = self._attention.run(qk[:, :queries], i, plan)
+            if i == last:  # nothing after this needs the other tokens
+                mixed, hidden = mixed.index_select(0, batch.logits_at), hidden.index_select(0, batch.logits_at)
+            hidden = layer.o.run(mixed, scratch).add_(hidden)
+            gate_up = layer.gate_up.run(rms_norm(hidden, layer.post_norm, eps), scratch)
+            hidden = layer.down.run(swiglu(gate_up), scratch).add_(hidden)
+        return hidden

@@ -1,0 +1,1 @@
+"""Morphing: which layers run at which precision, how they change, and who decides."""

@@ -1,0 +1,1 @@
+"""From logits to tokens: penalties and bans, truncation, seeded draws, log probabilities."""

@@ -1,0 +1,55 @@
+"""What the sampler knows of one sequence."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.sampling.penalties import PenaltyState
+from morph_runtime.structured.matcher import GrammarMatcher
+
+GREEDY_BELOW = 1e-5
+"""A temperature under this means the most likely token, as in vLLM."""
+
+
+class TokenSequence(Protocol):
+    """Prompt and output so far; `tokens` grows as tokens are chosen."""
+
+    tokens: list[int]
+    prompt_len: int
+
+
+class SamplingRow:
+    """The sampling state of one request, from its submission to its end.
+
+    Kept across preemptions, for the tokens are kept: what it remembers is only ever advanced.
+
+    Attributes:
+        draws: a token is drawn, not the most likely taken.
+        adjusts: bans, bias or penalties change the logits before a token is chosen.
+        scored: log probabilities are asked for.
+        penalties: counts for the penalties; None without any.
+        matcher: the grammar that the output follows; None without one.
+        plain: none of these but `draws`.
+    """
+
+    __slots__ = ("adjusts", "draws", "matcher", "params", "penalties", "plain", "scored", "sequence")
+
+    def __init__(self, params: SamplingParams, sequence: TokenSequence, matcher: GrammarMatcher | None = None) -> None:
+        self.params = params
+        self.sequence = sequence
+        self.matcher = matcher
+        self.penalties = PenaltyState() if _is_penalised(params) else None
+        self.draws = params.temperature >= GREEDY_BELOW
+        self.scored = params.logprobs is not None or params.score
+        self.adjusts = bool(params.min_tokens or params.bad_word_ids or params.logit_bias or self.penalties)
+        self.plain = not (self.adjusts or self.scored or matcher is not None)
+
+    @property
+    def output_len(self) -> int:
+        """Tokens generated so far."""
+        return len(self.sequence.tokens) - self.sequence.prompt_len
+
+
+def _is_penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0

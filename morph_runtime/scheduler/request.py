@@ -1,0 +1,71 @@
+"""One request as the scheduler sees it."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.scheduler.prefix import Cursor
+
+
+class RequestState(enum.Enum):
+    """Where a request stands; a preempted one is WAITING again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """Prompt, output so far, and the KV blocks that hold them.
+
+    Attributes:
+        key: unique id.
+        tokens: prompt followed by output.
+        prompt_len: tokens of the prompt.
+        sampling: validated parameters.
+        priority: 0 is the highest.
+        arrival_s: monotonic seconds.
+        computed: leading tokens whose keys and values are in the KV cache.
+        blocks: block ids, in token order; `len(blocks) * block_tokens >= computed`.
+        levels: the level at which each output token was computed.
+        shared: how many of `blocks` others held already when it was admitted.
+        cached_tokens: tokens that came from the prefix cache when the request was first scheduled.
+        cursor: its place in the prefix cache while it runs.
+        order: sort key; more urgent requests compare smaller.
+        preemptions: how often the request lost its blocks.
+        started: whether it has been scheduled at least once.
+    """
+
+    key: int
+    tokens: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    priority: int = 0
+    arrival_s: float = 0.0
+    computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    levels: list[int] = field(default_factory=list)
+    shared: int = 0
+    cached_tokens: int = 0
+    cursor: Cursor | None = None
+    preemptions: int = 0
+    started: bool = False
+    started_s: float = 0.0
+    state: RequestState = RequestState.WAITING
+    order: tuple[int, float, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.order = (self.priority, self.arrival_s, self.key)
+
+    @property
+    def output_len(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def is_decoding(self) -> bool:
+        """All tokens but the newest are in the KV cache, and at least one was generated."""
+        return self.computed == len(self.tokens) - 1 and self.output_len > 0

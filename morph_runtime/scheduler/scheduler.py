@@ -1,0 +1,296 @@
+"""Iteration-level scheduling (Orca, OSDI 2022) with chunked prefill (Sarathi-Serve, OSDI 2024) and
+preemption by recomputation, over a block pool whose capacity may change between steps.
+
+A step serves every decode first, then prefills that have begun, then admits from the waiting line
+in order of (priority, arrival). A request is admitted only when blocks for all its known tokens
+are free beyond the watermark, so a prefill that has begun never waits for blocks. What the prefix
+cache holds of a request is decided with its admission: live blocks that it shares need no room.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from morph_runtime.config import SchedulerSettings
+from morph_runtime.errors import IntegrityError
+from morph_runtime.kv import BlockPool
+from morph_runtime.scheduler.line import Line
+from morph_runtime.scheduler.prefix import Hit, PrefixCache
+from morph_runtime.scheduler.request import Request, RequestState
+
+
+class ScheduledSlice(NamedTuple):
+    """`length` tokens of a request from position `start` on; `samples` if its last token asks for the next one."""
+
+    request: Request
+    start: int
+    length: int
+    samples: bool
+
+
+@dataclass
+class StepPlan:
+    """What the next step runs."""
+
+    slices: list[ScheduledSlice] = field(default_factory=list)
+    started: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return sum(s.length for s in self.slices)
+
+
+class Scheduler:
+    """Owns the requests and their blocks. Not thread-safe: the step loop alone calls it."""
+
+    def __init__(
+        self,
+        settings: SchedulerSettings,
+        pool: BlockPool,
+        prefix: PrefixCache,
+        block_tokens: int,
+        max_model_len: int,
+        eos: Iterable[int],
+    ) -> None:
+        self._settings = settings
+        self._pool = pool
+        self._prefix = prefix
+        self._block_tokens = block_tokens
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos)
+        self._requests: dict[int, Request] = {}
+        self._running = Line()
+        self._waiting = Line()
+        self.preemptions = 0
+        self.prefix_queries = 0
+        """Tokens of all requests that were scheduled for the first time."""
+        self.prefix_hits = 0
+        """Those among them that the prefix cache held."""
+
+    # -- requests come and go ------------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Put a new request into the waiting line. Its key must be new; prompt + max_tokens must fit the model."""
+        if request.key in self._requests:
+            raise IntegrityError(f"Request key {request.key} is already in use.")
+        self._requests[request.key] = request
+        self._waiting.add(request)
+
+    def cancel(self, key: int) -> Request | None:
+        """End a request at once and free its blocks; None if it is unknown (already finished)."""
+        request = self._requests.get(key)
+        if request is not None:
+            self._finish(request)
+        return request
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the line: new and preempted ones."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> tuple[Request, ...]:
+        """The running requests, most urgent first."""
+        return tuple(self._running)
+
+    def waiting(self) -> list[Request]:
+        """The waiting requests, most urgent first."""
+        return list(self._waiting)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens need."""
+        return -(-num_tokens // self._block_tokens)
+
+    def fits(self, request: Request, level: int) -> bool:
+        """Whether a waiting request could be admitted at `level` now: its blocks and the watermark are free."""
+        return self._room(request, level) is not None
+
+    def shared_blocks(self, request: Request, level: int) -> int:
+        """Live blocks that a waiting request would share if it were admitted at `level` now."""
+        return self._live(self._prefix.find(request.tokens, level))
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def schedule(self, level: int) -> StepPlan:
+        """Choose the tokens of the next step, which runs at `level`, and take the blocks they need."""
+        plan = StepPlan()
+        budget = self._settings.max_num_batched_tokens
+        decoding: list[Request] = []
+        prefilling: list[Request] = []
+        for request in self._running:
+            (decoding if request.is_decoding else prefilling).append(request)
+        for request in decoding:
+            if budget == 0:
+                break
+            if request.state is RequestState.RUNNING and self._extend(request, plan):
+                plan.slices.append(ScheduledSlice(request, request.computed, 1, True))
+                budget -= 1
+        for request in prefilling:
+            budget -= self._prefill(request, budget, plan)
+        if not plan.preempted:
+            self._admit(budget, level, plan)
+        return plan
+
+    def complete(self, plan: StepPlan, sampled: Mapping[int, int], level: int) -> list[tuple[Request, str]]:
+        """Book a step that has run.
+
+        Args:
+            plan: as `schedule` returned it.
+            sampled: token by request key, for each slice that samples.
+            level: the level at which the step ran.
+
+        Returns:
+            the requests that have ended, each with `stop` or `length`; their blocks are free.
+        """
+        finished: list[tuple[Request, str]] = []
+        for part in plan.slices:
+            request = part.request
+            request.computed = part.start + part.length
+            assert request.cursor is not None
+            self._prefix.record(request.cursor, request.tokens, request.blocks, request.computed, level)
+            if not part.samples:
+                continue
+            request.tokens.append(sampled[request.key])
+            request.levels.append(level)
+            reason = self._finish_reason(request)
+            if reason:
+                self._finish(request)
+                finished.append((request, reason))
+        return finished
+
+    def remap_blocks(self, mapping: Mapping[int, int]) -> None:
+        """Patch every block table, and the prefix cache, after blocks have moved (old id -> new id)."""
+        for request in self._running:
+            request.blocks = [mapping.get(b, b) for b in request.blocks]
+        self._prefix.remap(mapping)
+
+    def check_integrity(self) -> None:
+        """Block tables, pool and prefix cache agree, and no block that will be written has another holder.
+
+        Raises:
+            IntegrityError: the books do not agree.
+        """
+        held = Counter(b for r in self._running for b in r.blocks)
+        if len(held) != self._pool.num_used or any(self._pool.holders(b) != n for b, n in held.items()):
+            raise IntegrityError(f"The block tables and the {self._pool.num_used} live blocks of the pool disagree.")
+        for request in self._requests.values():
+            if len(request.blocks) * self._block_tokens < request.computed:
+                raise IntegrityError(f"Request {request.key} has {request.computed} tokens but too few blocks.")
+            if request.state is RequestState.WAITING and (request.blocks or request.cursor):
+                raise IntegrityError(f"Waiting request {request.key} holds blocks.")
+            unwritten = request.blocks[request.computed // self._block_tokens :]
+            if any(held[b] > 1 or self._pool.is_kept(b) for b in unwritten):
+                raise IntegrityError(f"Request {request.key} would write into a KV block that others read.")
+        self._prefix.check_integrity()
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _extend(self, request: Request, plan: StepPlan) -> bool:
+        """Make room for one more token, preempting less urgent requests; False if the request itself had to go."""
+        if request.computed < len(request.blocks) * self._block_tokens:
+            return True
+        while self._pool.num_free == 0:
+            victim = self._running.last
+            self._preempt(victim, plan)
+            if victim is request:
+                return False
+        request.blocks.extend(self._pool.allocate(1))
+        return True
+
+    def _prefill(self, request: Request, budget: int, plan: StepPlan) -> int:
+        """Schedule the next chunk of a request whose blocks are all there; returns the tokens it takes."""
+        if budget == 0 or request.state is not RequestState.RUNNING:
+            return 0
+        length = min(len(request.tokens) - request.computed, budget)
+        last = request.computed + length == len(request.tokens)
+        plan.slices.append(ScheduledSlice(request, request.computed, length, last))
+        return length
+
+    def _admit(self, budget: int, level: int, plan: StepPlan) -> None:
+        while budget > 0 and self._waiting and len(self._running) < self._settings.max_num_seqs:
+            request = self._waiting.first
+            hit = self._room(request, level)
+            if hit is None:
+                return
+            self._waiting.remove(request)
+            self._start(request, hit, plan)
+            budget -= self._prefill(request, budget, plan)
+
+    def _room(self, request: Request, level: int) -> Hit | None:
+        """What a waiting request may reuse, if the other blocks it needs and the watermark are free; else None."""
+        spare = int(self._settings.watermark * self._pool.capacity) + 1 if self._running else 0
+        missing = self.blocks_for(len(request.tokens)) + spare - self._pool.num_free
+        if missing > self._pool.num_used:
+            return None  # not even if every live block were shared
+        hit = self._prefix.find(request.tokens, level)
+        return hit if missing <= self._live(hit) else None
+
+    def _live(self, hit: Hit) -> int:
+        """Blocks of a hit that others hold; taking the rest of them uses up room."""
+        return sum(1 for block in hit.blocks if self._pool.holders(block))
+
+    def _start(self, request: Request, hit: Hit, plan: StepPlan) -> None:
+        """Let a request run; there is room."""
+        request.shared = self._live(hit)
+        request.cursor = self._prefix.take(hit)  # before others are allocated, so that these are not evicted for them
+        request.computed = len(hit.blocks) * self._block_tokens
+        fresh = self._pool.allocate(self.blocks_for(len(request.tokens)) - len(hit.blocks))
+        request.blocks = [*hit.blocks, *fresh]
+        request.state = RequestState.RUNNING
+        self._running.add(request)
+        if not request.started:
+            request.started = True
+            request.cached_tokens = request.computed
+            self.prefix_queries += len(request.tokens)
+            self.prefix_hits += request.computed
+            plan.started.append(request)
+
+    def _preempt(self, request: Request, plan: StepPlan) -> None:
+        """Take a running request's blocks; when it is admitted again, what the prefix cache lacks is recomputed.
+
+        It is the least urgent and decodes are served by urgency, so the plan has no slice of it yet.
+        """
+        plan.preempted.append(request)
+        self._running.remove(request)
+        self._release(request)
+        request.preemptions += 1
+        self.preemptions += 1
+        request.state = RequestState.WAITING
+        self._waiting.add(request)
+
+    def _finish(self, request: Request) -> None:
+        if request.state is RequestState.RUNNING:
+            self._running.remove(request)
+            self._release(request)
+        else:
+            self._waiting.remove(request)
+        request.state = RequestState.FINISHED
+        del self._requests[request.key]
+
+    def _release(self, request: Request) -> None:
+        assert request.cursor is not None
+        self._prefix.leave(request.cursor)
+        self._pool.free(reversed(request.blocks))  # the end of a prefix is evicted before its beginning
+        request.cursor = None
+        request.blocks = []
+        request.shared = 0
+        request.computed = 0
+
+    def _finish_reason(self, request: Request) -> str:
+        sampling, newest = request.sampling, request.tokens[-1]
+        ends = (newest in self._eos and not sampling.ignore_eos) or newest in sampling.stop_token_ids
+        if ends and request.output_len >= sampling.min_tokens:
+            return "stop"
+        if request.output_len >= sampling.max_tokens or len(request.tokens) >= self._max_model_len:
+            return "length"
+        return ""

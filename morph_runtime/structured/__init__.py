@@ -1,0 +1,1 @@
+"""Structured outputs: grammars compiled beside the step loop, and the token masks they give."""
