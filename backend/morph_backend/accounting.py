@@ -1,0 +1,57 @@
+"""What is counted about requests."""
+
+from __future__ import annotations
+
+from morph_backend.open_request import OpenRequest
+from morph_backend.recorder import MetricsRecorder
+from morph_backend.rungs import RUNGS, RungShares
+
+OUTCOMES = ("stop", "length", "cancelled", "rejected", "error")
+
+
+class RequestAccounting:
+    """Writes request and token metrics into the recorder. Safe to use from several threads."""
+
+    def __init__(self, recorder: MetricsRecorder, shares: RungShares) -> None:
+        self._recorder = recorder
+        self._shares = shares
+        for outcome in OUTCOMES:
+            recorder.declare("morph_requests_total", outcome=outcome)
+        for rung in RUNGS:
+            recorder.declare("morph_tokens_total", rung=rung)
+        for counter in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"):
+            recorder.declare(counter)
+
+    def started(self, request: OpenRequest) -> None:
+        """The engine has begun with the prompt."""
+        self._recorder.count("vllm:prompt_tokens_total", len(request.prompt))
+
+    def arrived(self, request: OpenRequest, count: int, now: float) -> None:
+        """`count` tokens have come from the engine at `now` (monotonic seconds); reader thread only."""
+        if request.last_token_s == 0.0:
+            self._recorder.observe("vllm:time_to_first_token_seconds", now - request.arrival_s)
+            request.last_token_s = now
+            count -= 1
+        for _ in range(count):
+            self._recorder.observe("vllm:time_per_output_token_seconds", (now - request.last_token_s) / count)
+        request.last_token_s = now
+
+    def generated(self, levels: list[int]) -> None:
+        """Output tokens at `levels` count."""
+        self._recorder.count("vllm:generation_tokens_total", len(levels))
+        by_rung = [0.0, 0.0, 0.0]
+        self._shares.add(by_rung, levels)
+        for rung, tokens in zip(RUNGS, by_rung, strict=True):
+            self._recorder.count("morph_tokens_total", tokens, rung=rung)
+
+    def ended(self, request: OpenRequest, outcome: str, now: float) -> None:
+        """The request's FINAL is out."""
+        self.outcome(outcome)
+        if outcome in ("stop", "length"):
+            self._recorder.observe("vllm:e2e_request_latency_seconds", now - request.arrival_s)
+            self._recorder.observe("vllm:request_prompt_tokens", len(request.prompt))
+            self._recorder.observe("vllm:request_generation_tokens", len(request.tokens))
+
+    def outcome(self, outcome: str) -> None:
+        """A request has ended in this way."""
+        self._recorder.count("morph_requests_total", outcome=outcome)

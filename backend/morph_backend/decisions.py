@@ -1,0 +1,45 @@
+"""The controller's changes of level as lines for the operator."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from morph_runtime.engine.messages import Decision
+
+LOGGER = "morph.decisions"
+SHOWN_INPUTS = ("demand", "capacity", "waiting", "pending")
+
+
+def decision_line(decision: Decision) -> str:
+    """`level 0 -> 4 down (kv_wait) demand=90 capacity=64 waiting=3`; inputs that were not known are left out."""
+    inputs = " ".join(
+        f"{name}={decision.inputs[name]:g}" for name in SHOWN_INPUTS if decision.inputs.get(name, -1) >= 0
+    )
+    change = f"level {decision.level_from} -> {decision.level_to} {decision.action} ({decision.reason})"
+    return f"{change} {inputs}".rstrip()
+
+
+class DecisionLog:
+    """Writes each change of level as one line; decisions to hold are left to the metrics.
+
+    It has a handler of its own: what the controller does is shown at INFO whatever level the rest is logged at.
+    """
+
+    def __init__(self, enabled: bool = True) -> None:
+        self._enabled = enabled
+        self._logger = logging.getLogger(LOGGER)
+        if enabled and not self._logger.handlers:
+            handler = logging.StreamHandler(sys.stderr)
+            handler.setFormatter(logging.Formatter("morph: %(message)s"))
+            self._logger.addHandler(handler)
+            self._logger.setLevel(logging.INFO)
+            self._logger.propagate = False  # or the root handler would write the line again
+
+    def __call__(self, decisions: Sequence[Decision]) -> None:
+        """Decisions in the order in which they were made."""
+        if self._enabled:
+            for decision in decisions:
+                if decision.action != "hold":
+                    self._logger.info("%s", decision_line(decision))

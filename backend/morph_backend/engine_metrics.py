@@ -1,0 +1,103 @@
+"""The engine's snapshots as metrics."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from morph_backend.recorder import MetricsRecorder
+from morph_backend.rungs import RUNG_OF_BITS, RUNGS
+from morph_runtime.config import MODES
+from morph_runtime.engine.messages import EngineInfo, EngineStats
+
+
+class EngineMetrics:
+    """Writes `EngineInfo` and `EngineStats` into the recorder. Called from one thread at a time."""
+
+    def __init__(self, recorder: MetricsRecorder) -> None:
+        self._recorder = recorder
+        self._layer_bits: list[int] = []
+
+    def start(self, info: EngineInfo) -> None:
+        """The facts that do not change, and zeros for what has not happened yet."""
+        record = self._recorder
+        record.gauge("morph_level", 0)
+        record.gauge("morph_level_max", info.level_max)
+        record.gauge("morph_kv_blocks_base", info.base_blocks)
+        record.gauge("morph_kv_blocks_capacity", info.base_blocks)
+        record.gauge("morph_kv_blocks_used", 0)
+        record.gauge("morph_prefix_cached_blocks", 0)
+        record.gauge("morph_kv_block_tokens", info.block_tokens)
+        record.gauge("morph_memory_bytes", info.budget_bytes, kind="budget")
+        for gauge in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+            record.gauge(gauge, 0)
+        self.up(True)
+
+    def up(self, up: bool) -> None:
+        """Whether the engine answers."""
+        self._recorder.gauge("morph_engine_up", 1 if up else 0)
+        if up:
+            self.beat()
+
+    def beat(self) -> None:
+        """A message of the engine has come."""
+        self._recorder.gauge("morph_engine_heartbeat_seconds", time.time())
+
+    def stats(self, stats: EngineStats) -> None:
+        """One snapshot."""
+        record = self._recorder
+        self.beat()
+        record.gauge("vllm:num_requests_running", stats.running)
+        record.gauge("vllm:num_requests_waiting", stats.waiting)
+        record.gauge("vllm:kv_cache_usage_perc", stats.kv_blocks_used / max(1, stats.kv_blocks_capacity))
+        record.gauge("morph_level", stats.level)
+        record.gauge("morph_kv_blocks_capacity", stats.kv_blocks_capacity)
+        record.gauge("morph_kv_blocks_used", stats.kv_blocks_used)
+        record.gauge("morph_prefix_cached_blocks", stats.kv_blocks_cached)
+        self._layers(stats.layer_bits)
+        sizes = {"weights": stats.weights_bytes, "kv": stats.kv_bytes, "free": stats.free_bytes}
+        for kind, size in {**sizes, "static": stats.static_bytes}.items():
+            record.gauge("morph_memory_bytes", size, kind=kind)
+        for mode in MODES:
+            record.gauge("morph_mode", 1 if mode == stats.mode else 0, mode=mode)
+        self._counters(stats)
+
+    def _layers(self, bits: list[int]) -> None:
+        if bits == self._layer_bits:
+            return
+        counts = Counter(RUNG_OF_BITS.get(b, "full") for b in bits)
+        for rung in RUNGS:
+            self._recorder.gauge("morph_layers", counts[rung], rung=rung)
+        for layer, value in enumerate(bits):
+            self._recorder.gauge("morph_layer_bits", value, layer=str(layer))
+        self._layer_bits = list(bits)
+
+    def _counters(self, stats: EngineStats) -> None:
+        record = self._recorder
+        for (direction, rung), count in shifts_by_direction(stats).items():
+            record.total("morph_shifts_total", count, direction=direction, rung=rung)
+        record.total("morph_shift_seconds_total", stats.shift_down_seconds, direction="down")
+        record.total("morph_shift_seconds_total", stats.shift_up_seconds, direction="up")
+        for key, count in stats.decision_counts.items():
+            action, _, reason = key.partition("/")
+            record.total("morph_decisions_total", count, action=action, reason=reason)
+        record.total("morph_blocks_migrated_total", stats.blocks_migrated)
+        record.total("morph_preemptions_total", stats.preemptions)
+        record.total("vllm:prefix_cache_queries_total", stats.prefix_queries)
+        record.total("vllm:prefix_cache_hits_total", stats.prefix_hits)
+
+
+def shifts_by_direction(stats: EngineStats) -> dict[tuple[str, str], int]:
+    """Shifts by direction and rung reached.
+
+    Full precision is reached going up alone and W4 going down alone; what is left of the shifts up reached W8.
+    """
+    reached = stats.shifts_by_rung
+    up_full = min(reached.get("full", 0), stats.shifts_up)
+    up_w8 = min(stats.shifts_up - up_full, reached.get("w8", 0))
+    return {
+        ("up", "full"): up_full,
+        ("up", "w8"): up_w8,
+        ("down", "w8"): reached.get("w8", 0) - up_w8,
+        ("down", "w4"): reached.get("w4", 0),
+    }

@@ -1,0 +1,107 @@
+"""What the launcher is told: ports, addresses, folders, times; from the command line, then `MORPH_*`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from morph_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LaunchSettings:
+    """Validated settings of one run."""
+
+    host: str
+    """Address that all three endpoints bind to."""
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+    repository: Path | None
+    """Model repository; None: the checkout's, else the packaged one."""
+    verbose: bool
+    """Whether all of Triton's log is printed."""
+    drain_s: float
+    """Seconds that open streams get to end after SIGTERM or Ctrl-C."""
+    environment: Mapping[str, str]
+    """The environment with the command line's `MORPH_*` on top."""
+
+    @property
+    def ports(self) -> Mapping[str, int]:
+        """Ports by the name of their variable."""
+        return {
+            "MORPH_HTTP_PORT": self.http_port,
+            "MORPH_GRPC_PORT": self.grpc_port,
+            "MORPH_METRICS_PORT": self.metrics_port,
+        }
+
+    @property
+    def probe_host(self) -> str:
+        """The address by which this machine reaches the endpoints."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(self.host, self.host)
+
+
+_OPTIONS: tuple[tuple[str, str, str], ...] = (
+    ("--model", "MORPH_MODEL", "folder of a Hugging Face checkpoint"),
+    ("--mode", "MORPH_MODE", "accuracy, balanced, performance or off"),
+    ("--memory-budget-gib", "MORPH_MEMORY_BUDGET_GIB", "GiB for weights, KV cache and staging"),
+    ("--host", "MORPH_HOST", "address to bind to (127.0.0.1)"),
+    ("--http-port", "MORPH_HTTP_PORT", "HTTP port (8000)"),
+    ("--grpc-port", "MORPH_GRPC_PORT", "gRPC port (8001)"),
+    ("--metrics-port", "MORPH_METRICS_PORT", "metrics port (8002)"),
+    ("--model-repository", "MORPH_MODEL_REPOSITORY", "model repository with a folder 'morph'"),
+    ("--drain-seconds", "MORPH_DRAIN_S", "seconds for open streams to end at shutdown (30)"),
+)
+
+
+def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchSettings:
+    """Read the command line and the environment; the command line wins.
+
+    Raises:
+        ConfigError: a value is not valid; the text names its variable.
+        SystemExit: --help, or an unknown option (status 2).
+    """
+    parser = argparse.ArgumentParser(
+        prog="morphserve-triton",
+        description="Run Triton with the MorphServe model. Each option is also an environment variable.",
+    )
+    for option, variable, meaning in _OPTIONS:
+        parser.add_argument(option, dest=variable, metavar="X", help=f"{meaning}; {variable}")
+    parser.add_argument("--verbose", action="store_true", help="print all of Triton's log; MORPH_LOG_VERBOSE=1")
+    given = vars(parser.parse_args(arguments))
+    verbose = given.pop("verbose")
+    values = {**env, **{name: value for name, value in given.items() if value is not None}}
+    repository = values.get("MORPH_MODEL_REPOSITORY", "")
+    settings = LaunchSettings(
+        host=values.get("MORPH_HOST") or "127.0.0.1",
+        http_port=_port(values, "MORPH_HTTP_PORT", 8000),
+        grpc_port=_port(values, "MORPH_GRPC_PORT", 8001),
+        metrics_port=_port(values, "MORPH_METRICS_PORT", 8002),
+        repository=Path(repository).resolve() if repository else None,
+        verbose=verbose or values.get("MORPH_LOG_VERBOSE", "") not in ("", "0"),
+        drain_s=_seconds(values, "MORPH_DRAIN_S", 30.0),
+        environment=values,
+    )
+    if len(set(settings.ports.values())) < 3:
+        raise ConfigError("MORPH_HTTP_PORT, MORPH_GRPC_PORT and MORPH_METRICS_PORT must be three different ports.")
+    return settings
+
+
+def _port(values: Mapping[str, str], name: str, default: int) -> int:
+    text = values.get(name) or str(default)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise ConfigError(f"{name} must be a port between 1 and 65535, but is '{text}'.")
+    return int(text)
+
+
+def _seconds(values: Mapping[str, str], name: str, default: float) -> float:
+    text = values.get(name) or str(default)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= 3600:
+        raise ConfigError(f"{name} must be between 0 and 3600 seconds, but is '{text}'.")
+    return seconds

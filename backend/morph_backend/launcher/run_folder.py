@@ -1,0 +1,87 @@
+"""The private folder of one run: Triton's Python backend with the right stub, and the model repository."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.resources
+import os
+import shutil
+import stat
+import tempfile
+from pathlib import Path
+
+from morph_backend.launcher.launch_settings import LaunchSettings
+from morph_backend.launcher.triton_files import TritonFiles
+from morph_backend.settings import checkout_root
+
+SHARED_MEMORY = Path("/dev/shm")
+MODEL_PY = '''"""MorphServe on Triton. The model itself is `morph_backend.model`."""
+
+from morph_backend.model import TritonPythonModel
+
+__all__ = ["TritonPythonModel"]
+'''
+
+
+class RunFolder:
+    """Made at start, removed at the end together with the run's shared memory.
+
+    Attributes:
+        path: the folder; `MORPH_RUN_DIR` of the server, by which its processes are known.
+        shm_prefix: how the names of this run's shared memory begin.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="morphserve-"))
+        self.shm_prefix = f"{self.path.name}_"
+
+    def backends(self, files: TritonFiles) -> Path:
+        """A backend folder with the Python backend and the stub of this interpreter."""
+        folder = self.path / "backends" / "python"
+        folder.mkdir(parents=True)
+        for source in files.backend.iterdir():
+            if source.is_file():
+                _link_or_copy(source, folder / source.name)
+        stub = folder / "triton_python_backend_stub"
+        shutil.copyfile(files.stub, stub)
+        stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
+        return folder.parent
+
+    def server(self, files: TritonFiles) -> Path:
+        """The tritonserver executable: the wheel's, or a copy if that may not be executed."""
+        if os.access(files.server, os.X_OK):
+            return files.server
+        copy = self.path / "tritonserver"
+        shutil.copyfile(files.server, copy)
+        copy.chmod(0o700)
+        return copy
+
+    def repository(self, settings: LaunchSettings) -> Path:
+        """The model repository: the one asked for, the checkout's, or the packaged one written out."""
+        if settings.repository is not None:
+            return settings.repository
+        root = checkout_root()
+        if root is not None:
+            return root / "model_repository"
+        folder = self.path / "model_repository"
+        version = folder / "morph" / "1"
+        version.mkdir(parents=True)
+        packaged = importlib.resources.files("morph_backend") / "repository"
+        (folder / "morph" / "config.pbtxt").write_text((packaged / "config.pbtxt").read_text(encoding="utf-8"))
+        (version / "model.json").write_text((packaged / "model.json").read_text(encoding="utf-8"))
+        (version / "model.py").write_text(MODEL_PY, encoding="utf-8")
+        return folder
+
+    def remove(self) -> None:
+        """Remove the folder and this run's shared memory."""
+        for region in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
+            with contextlib.suppress(OSError):
+                region.unlink()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)

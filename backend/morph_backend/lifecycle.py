@@ -1,0 +1,52 @@
+"""Two duties of the housekeeper: drain when the launcher asks, and end when the server has died."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+
+from morph_backend.control import ControlFolder
+from morph_backend.service import SHUTTING_DOWN, Service
+
+
+class DrainDuty:
+    """Once a drain is asked for: refuse new requests, let the open ones end, cut them off at the deadline."""
+
+    def __init__(self, service: Service, control: ControlFolder, clock: Callable[[], float] = time.monotonic) -> None:
+        self._service = service
+        self._control = control
+        self._clock = clock
+        self._deadline: float | None = None
+        self._told = False
+
+    def __call__(self) -> None:
+        """One look."""
+        if self._deadline is None:
+            seconds = self._control.drain_asked()
+            if seconds is None:
+                return
+            self._deadline = self._clock() + seconds
+            self._service.refuse(SHUTTING_DOWN)
+        if self._service.num_open and self._clock() >= self._deadline:
+            self._service.abort(SHUTTING_DOWN)
+        if not self._service.num_open and not self._told:
+            self._told = True
+            self._control.say("drained")
+
+
+class ParentDuty:
+    """Ends this process when the server that started it is gone; Triton 2.51 leaves it behind otherwise."""
+
+    def __init__(self, close: Callable[[], None], leave: Callable[[int], object] = os._exit) -> None:
+        self._parent = os.getppid()
+        self._close = close
+        self._leave = leave
+
+    def __call__(self) -> None:
+        """One look."""
+        if os.getppid() != self._parent:
+            try:
+                self._close()
+            finally:
+                self._leave(1)

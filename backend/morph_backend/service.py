@@ -1,0 +1,299 @@
+"""The serving side's centre: open requests, from admission to FINAL, and what the engine says about them."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from typing import Any, Protocol
+
+from morph_backend.accounting import RequestAccounting
+from morph_backend.admission import Admission, Admitted
+from morph_backend.channel import ResponseChannel, Status
+from morph_backend.engine_metrics import EngineMetrics
+from morph_backend.inputs import GenerateRequest
+from morph_backend.open_request import End, OpenRequest, Tokens
+from morph_backend.recorder import MetricsRecorder
+from morph_backend.responder import UNHEALTHY, Responder
+from morph_backend.rungs import RungShares
+from morph_backend.senders import SenderPool
+from morph_backend.vocabulary import check_prompt, spell_bad_words
+from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, Submit
+from morph_runtime.errors import EngineDown, RequestError
+from morph_runtime.text.assembler import OutputAssembler
+from morph_runtime.text.parameters import ParameterLimits
+from morph_runtime.text.tokenizer import Tokenizer, check_context
+
+SHUTTING_DOWN = "The server is shutting down."
+
+
+class Engine(Protocol):
+    """What the service needs of `morph_runtime.engine.client.EngineClient`."""
+
+    def start(self, timeout_s: float = 120.0) -> EngineInfo: ...
+    def submit(self, request: Submit) -> None: ...
+    def cancel(self, key: int) -> None: ...
+    def publish_queue(self, signal: QueueSignal) -> None: ...
+    def set_mode(self, mode: str) -> None: ...
+    def close(self, drain_s: float = 0.0) -> None: ...
+
+
+class Service:
+    """Serves requests. `handle` is called by Triton's thread, `on_*` by the engine client's reader thread,
+    `poll` by the housekeeper; sender threads belong to it."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        recorder: MetricsRecorder,
+        *,
+        line: int,
+        sender_threads: int = 2,
+        max_request_s: float = 3600.0,
+        clock: Callable[[], float] = time.monotonic,
+        on_decisions: Callable[[Sequence[Decision]], None] = lambda _decisions: None,
+        on_gone: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        """`on_decisions` is told of the controller's decisions; `on_gone` why the engine is gone, after all streams."""
+        self._tokenizer = tokenizer
+        self._recorder = recorder
+        self._clock = clock
+        self._max_request_s = max_request_s
+        self._sender_threads = sender_threads
+        self._on_decisions, self._on_gone = on_decisions, on_gone
+        self._admission = Admission(line)
+        self._engine_metrics = EngineMetrics(recorder)
+        self._keys = itertools.count(1)
+        self._lock = threading.Lock()
+        self._open: dict[int, OpenRequest] = {}
+        self._refusal = ""  # why no request is taken any more; guarded by _lock
+        self._engine: Engine | None = None
+        self._info: EngineInfo | None = None
+        self._level = 0
+
+    # -- life ----------------------------------------------------------------------------------------------------
+
+    def attach(self, engine: Engine, info: EngineInfo) -> None:
+        """Connect the started engine; before it no request may be handled."""
+        self._engine, self._info = engine, info
+        shares = RungShares(info.num_layers, info.ladder)
+        self._accounting = RequestAccounting(self._recorder, shares)
+        self._responder = Responder(self, shares, self._accounting.generated, self._tokenizer.spelling)
+        self._senders = SenderPool(self._sender_threads, self._responder.respond, self._fail_request)
+        self._engine_metrics.start(info)
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the engine is up and requests are taken."""
+        return self._engine is not None and not self._refusal
+
+    @property
+    def held(self) -> int:
+        """Requests held in `execute()`, waiting for a credit."""
+        return self._admission.waiting
+
+    def publish_queue(self, signal: QueueSignal) -> None:
+        """Pass the outer queue's state on to the engine's controller, if the engine is there."""
+        if self._engine is not None and self.healthy:
+            try:
+                self._engine.publish_queue(signal)
+            except EngineDown as error:
+                logging.getLogger(__name__).debug("nobody to tell of the queue: %s", error)
+
+    @property
+    def num_open(self) -> int:
+        """Requests without a FINAL."""
+        return len(self._open)
+
+    @property
+    def limits(self) -> ParameterLimits:
+        """What one request may ask for."""
+        assert self._info is not None
+        return ParameterLimits(max_tokens=self._info.max_model_len, vocab_size=self._info.vocab_size)
+
+    def refuse(self, reason: str) -> None:
+        """Take no more requests; those that wait for a credit are answered at once, the others go on."""
+        with self._lock:
+            self._refusal = self._refusal or reason
+        self._admission.close()
+
+    def abort(self, detail: str) -> None:
+        """End every open request with an UNAVAILABLE error."""
+        for request in self._all_open():
+            if request.channel.fail(Status.UNAVAILABLE, detail):
+                self.closed(request, "error", running=True)
+
+    def close(self) -> None:
+        """End the engine and the sender threads; open requests get an error."""
+        self.refuse(SHUTTING_DOWN)
+        self.abort(SHUTTING_DOWN)
+        if self._engine is not None:
+            self._engine.close()
+            self._senders.close()
+
+    # -- a request's way in --------------------------------------------------------------------------------------
+
+    def handle(self, sender: Any, read: Callable[[ParameterLimits], GenerateRequest]) -> None:
+        """Serve one request: check it, wait for a credit, hand it to the engine. Blocks while it waits.
+
+        Args:
+            sender: Triton's response sender.
+            read: reads the request; raises RequestError.
+        """
+        channel = ResponseChannel(sender)
+        try:
+            self._handle(channel, read)
+        except RequestError as error:
+            if channel.fail(Status.INVALID_ARG, str(error)):
+                self._accounting.outcome("rejected")
+        except Exception as error:
+            logging.getLogger(__name__).exception("a request could not be handled")
+            if channel.fail(Status.INTERNAL, f"The request could not be handled: {error}"):
+                self._accounting.outcome("error")
+
+    def _handle(self, channel: ResponseChannel, read: Callable[[ParameterLimits], GenerateRequest]) -> None:
+        assert self._info is not None and self._engine is not None
+        arrival_s = self._clock()
+        given = read(self.limits)
+        prompt = self._tokenizer.encode_prompt(given.text, self._info.max_model_len - 1)
+        check_prompt(prompt, self._info.vocab_size)
+        check_context(len(prompt), given.sampling.max_tokens, self._info.max_model_len)
+        request = OpenRequest(
+            key=next(self._keys),
+            given=given,
+            prompt=prompt,
+            channel=channel,
+            assembler=OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids),
+            arrival_s=arrival_s,
+        )
+        with self._lock:
+            refusal = self._refusal
+            if not refusal:
+                self._open[request.key] = request
+        if refusal:
+            self._reject(request)
+            return
+        try:
+            self._admit(request)
+        except Exception:
+            self._admission.release(request.key)
+            with self._lock:
+                self._open.pop(request.key, None)
+            raise
+
+    def _admit(self, request: OpenRequest) -> None:
+        assert self._engine is not None and self._info is not None
+        admitted = self._admission.acquire(request.key, lambda: request.channel.closed)
+        if admitted is Admitted.GAVE_UP:
+            return
+        if admitted is Admitted.CLOSED:
+            self._reject(request)
+            return
+        request.submitted = True
+        try:
+            self._engine.submit(
+                Submit(
+                    key=request.key,
+                    prompt=request.prompt,
+                    sampling=spell_bad_words(request.given.sampling, self._tokenizer, self._info.vocab_size),
+                    arrival_s=request.arrival_s,
+                    slo_class=request.given.slo_class,
+                )
+            )
+            if request.channel.closed:  # cancelled between the credit and the submission
+                self._engine.cancel(request.key)
+        except EngineDown as error:
+            self._admission.release(request.key)
+            self._responder.fail(request, End("down", str(error)))
+
+    def _reject(self, request: OpenRequest) -> None:
+        if request.channel.fail(Status.UNAVAILABLE, self._refusal):
+            self.closed(request, "rejected", running=False)
+
+    # -- the engine's words --------------------------------------------------------------------------------------
+
+    def on_step(self, out: StepOutput) -> None:
+        """Tokens, starts and ends of one step."""
+        now = self._clock()
+        self._engine_metrics.beat()
+        self._recorder.gauge("vllm:num_requests_running", out.running)
+        self._recorder.gauge("vllm:num_requests_waiting", out.waiting)
+        for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
+            self._admission.release(key)
+            if (started := self._open.get(key)) is not None:
+                started.cached_tokens = cached
+                self._accounting.started(started)
+        news: dict[int, list[Tokens | End]] = {}
+        for delta in out.tokens:
+            request = self._open.get(delta.key)
+            if request is None or not delta.tokens:
+                continue
+            missing = len(delta.tokens) - len(delta.levels)
+            levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
+            self._accounting.arrived(request, len(delta.tokens), now)
+            news.setdefault(delta.key, []).append(Tokens(delta.tokens, levels, delta.logprobs))
+        for finished in out.finished:
+            self._admission.release(finished.key)
+            news.setdefault(finished.key, []).append(End(finished.reason, finished.detail))
+        for key, events in news.items():
+            if (request := self._open.get(key)) is not None:
+                # At once: a sender thread must never see a request's last text without its end, for FINAL rides on it.
+                request.inbox.extend(events)
+                self._senders.wake(request)
+
+    def on_stats(self, stats: EngineStats) -> None:
+        """A snapshot."""
+        self._level = stats.level
+        self._on_decisions(stats.decisions)
+        self._engine_metrics.stats(stats)
+
+    def on_down(self, reason: str) -> None:
+        """The engine is gone: every open request ends with an error, and so does every later one."""
+        logging.getLogger(__name__).error("the engine is down: %s", reason)
+        self._engine_metrics.up(False)
+        self.refuse(f"{UNHEALTHY}: {reason}")
+        for request in self._all_open():
+            request.inbox.append(End("down", reason))
+            self._senders.wake(request)
+        self._on_gone(reason)
+
+    # -- duties and endings --------------------------------------------------------------------------------------
+
+    def poll(self) -> None:
+        """End requests whose client has gone or whose time is over."""
+        now = self._clock()
+        for request in self._all_open():
+            if request.channel.is_cancelled():
+                status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
+            elif now - request.arrival_s > self._max_request_s:
+                status, outcome = Status.UNAVAILABLE, "error"
+                message = f"The request took longer than max_request_seconds, {self._max_request_s:g} s."
+            else:
+                continue
+            if request.channel.fail(status, message):
+                self.closed(request, outcome, running=True)
+                self._admission.wake()
+
+    def closed(self, request: OpenRequest, outcome: str, *, running: bool) -> None:
+        """A request's FINAL is out: forget it, count it, and stop the engine's work on it if it is `running`."""
+        if not request.close():
+            return
+        with self._lock:
+            self._open.pop(request.key, None)
+        self._accounting.ended(request, outcome, self._clock())
+        if running and request.submitted and self._engine is not None:
+            try:
+                self._engine.cancel(request.key)
+            except EngineDown as error:
+                logging.getLogger(__name__).info("nothing to cancel: %s", error)
+
+    def _fail_request(self, request: OpenRequest, error: Exception) -> None:
+        if request.channel.fail(Status.INTERNAL, f"The response could not be sent: {error}"):
+            self.closed(request, "error", running=True)
+
+    def _all_open(self) -> list[OpenRequest]:
+        with self._lock:
+            return list(self._open.values())
