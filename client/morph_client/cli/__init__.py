@@ -1,0 +1,41 @@
+"""The ``morph`` command. What a user can mend is told in one sentence, with an exit status and no traceback."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import typer
+
+from morph_client.cli import chat, demo, generate, pack, quantize, replay, serve, top
+from morph_client.cli.common import OneSentenceGroup
+
+
+def build_app() -> typer.Typer:
+    """The command with its subcommands."""
+    app = typer.Typer(
+        name="morph",
+        cls=OneSentenceGroup,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        help="Serve, watch and measure MorphServe on Triton.",
+    )
+    app.command("serve")(serve.serve)
+    app.command("generate")(generate.generate)
+    app.command("chat")(chat.chat)
+    app.command("top")(top.top)
+    app.command("replay")(replay.replay)
+    app.command("demo")(demo.demo)
+    app.command("quantize")(quantize.quantize)
+    app.command("pack")(pack.pack)
+    return app
+
+
+def main() -> None:
+    """Entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    build_app()()

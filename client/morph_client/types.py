@@ -1,0 +1,179 @@
+"""The values that go into a request and come out of it. All times are in seconds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+
+from morph_client.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. ``None`` leaves the server's default (in brackets).
+
+    A value out of range is refused by the server with :class:`~morph_client.errors.InvalidRequest`,
+    which names the field and the limit.
+    """
+
+    max_tokens: int | None = None
+    """Most tokens to generate (16)."""
+    min_tokens: int | None = None
+    """Fewest tokens before a stop is heeded (0)."""
+    temperature: float | None = None
+    """0 is greedy (1.0)."""
+    top_p: float | None = None
+    """Probability mass to sample from (1.0)."""
+    top_k: int | None = None
+    """Number of candidates to sample from; 0 is all of them (0)."""
+    seed: int | None = None
+    """Makes sampling repeatable (none)."""
+    stop: str | Sequence[str] | None = None
+    """A string or several at which to stop (none)."""
+    ignore_eos: bool | None = None
+    """Go on past the end-of-sequence token (false)."""
+    include_stop_str_in_output: bool | None = None
+    """Keep the stop string in the text (false)."""
+    skip_special_tokens: bool | None = None
+    """Leave special tokens out of the text (true)."""
+    min_p: float | None = None
+    """Drops tokens less likely than this share of the most likely one (0.0)."""
+    repetition_penalty: float | None = None
+    """Divides the logits of tokens that have occurred (1.0)."""
+    presence_penalty: float | None = None
+    """Taken off the logit of each token that the output holds (0.0)."""
+    frequency_penalty: float | None = None
+    """The same, times its count (0.0)."""
+    logit_bias: Mapping[int, float] | None = None
+    """Added to the logits of these token ids (none)."""
+    bad_words: Sequence[str] | None = None
+    """Words that may not be completed (none)."""
+    stop_token_ids: Sequence[int] | None = None
+    """Token ids that end the output (none)."""
+    logprobs: int | None = None
+    """Log probabilities of this many most likely tokens beside the chosen one, up to 20 (none)."""
+    structured_outputs: Mapping[str, object] | None = None
+    """The form of the output: one of ``json`` (a schema), ``regex``, ``choice`` (a list), ``grammar`` (none)."""
+    extra: Mapping[str, object] = field(default_factory=dict)
+    """Any other key, passed on as it is."""
+
+    def to_json(self) -> str:
+        """The ``sampling_parameters`` tensor.
+
+        Raises :class:`InvalidRequest` for a NaN, an infinity, or a value JSON cannot carry.
+        """
+        given: dict[str, object] = {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name != "extra" and value is not None:
+                given[item.name] = value if isinstance(value, (str, int, float, Mapping)) else list(value)
+        given.update(self.extra)
+        try:
+            return json.dumps(given, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"the sampling parameters cannot be sent: {error}") from None
+
+
+@dataclass(frozen=True)
+class RungShare:
+    """Shares of a request's output tokens by precision, weighted by layer; they sum to 1."""
+
+    full: float
+    w8: float
+    w4: float
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """One token with its log probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+    """Natural logarithm; -9999 stands for an impossible token."""
+    rank: int
+    """1 is the most likely."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One response of a stream."""
+
+    text: str
+    """The text since the last chunk."""
+    tokens: int
+    """Number of tokens since the last chunk."""
+    levels: tuple[int, ...]
+    """The level at which each of these tokens was computed; empty if not asked for."""
+    rung_share: RungShare | None
+    """Shares of all output tokens so far; ``None`` if not asked for."""
+    finish_reason: str | None
+    """``stop`` or ``length`` on the last chunk, else ``None``."""
+    num_input_tokens: int | None
+    """Length of the prompt in tokens."""
+    arrival_s: float
+    """When this chunk arrived, counted from the moment the request was sent."""
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    """For each of these tokens, it and then the most likely ones; empty if not asked for."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    finish_reason: str | None
+    num_input_tokens: int
+    num_output_tokens: int
+    levels: tuple[int, ...]
+    """The level at which each output token was computed."""
+    rung_share: RungShare | None
+    ttft_s: float
+    """From sending the request to its first response."""
+    e2e_s: float
+    """From sending the request to its last response."""
+    token_arrivals_s: tuple[float, ...]
+    """When each output token arrived, counted from the sending. Tokens of one chunk share a time."""
+    logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
+    """For each output token, it and then the most likely ones; empty if not asked for."""
+
+
+class CompletionBuilder:
+    """Joins chunks into a :class:`Completion`."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._levels: list[int] = []
+        self._logprobs: list[tuple[TokenLogprob, ...]] = []
+        self._arrivals: list[float] = []
+        self._first_s: float | None = None
+        self._last: Chunk | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        """Takes the next chunk of the stream."""
+        self._text.append(chunk.text)
+        self._levels.extend(chunk.levels)
+        self._logprobs.extend(chunk.logprobs)
+        self._arrivals.extend([chunk.arrival_s] * chunk.tokens)
+        if self._first_s is None:
+            self._first_s = chunk.arrival_s
+        self._last = chunk
+
+    def build(self) -> Completion:
+        """The completion so far. Raises :class:`InvalidRequest` if no chunk ever came."""
+        last = self._last
+        if last is None or self._first_s is None:
+            raise InvalidRequest("the stream held no response")
+        return Completion(
+            text="".join(self._text),
+            finish_reason=last.finish_reason,
+            num_input_tokens=last.num_input_tokens or 0,
+            num_output_tokens=len(self._arrivals),
+            levels=tuple(self._levels),
+            rung_share=last.rung_share,
+            ttft_s=self._first_s,
+            e2e_s=last.arrival_s,
+            token_arrivals_s=tuple(self._arrivals),
+            logprobs=tuple(self._logprobs),
+        )

@@ -1,0 +1,214 @@
+"""The wire: requests to tensors, responses to chunks. Knows Triton's messages and nothing of connections."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferInput, service_pb2
+
+from morph_client.errors import InvalidRequest, ServerError
+from morph_client.types import Chunk, RungShare, SamplingParams, TokenLogprob
+
+# Asks Triton for a gRPC status with each error of a stream. Errors found before a request is queued
+# (an unknown model, say) still come as plain words inside the stream, so both are handled.
+STATUS_HEADER = ("triton_grpc_error", "true")
+
+_LARGEST_MESSAGE = 2**31 - 1
+_ALWAYS_ASKED = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
+_DETAILS = ("return_morph_level", "return_rung_share")
+_SCORES = ("return_logprobs",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One checked request, ready to be sent by either client."""
+
+    model: str
+    request_id: str
+    texts: tuple[tuple[str, str], ...]
+    flags: tuple[str, ...]
+    priority: int
+    timeout_us: int | None
+    slo_class: str | None
+
+    def to_message(self) -> Any:
+        """As a ``ModelInferRequest``."""
+        message = service_pb2.ModelInferRequest(model_name=self.model, id=self.request_id)
+        for name, text in self.texts:
+            raw = text.encode()
+            message.inputs.add(name=name, datatype="BYTES", shape=[1])
+            message.raw_input_contents.append(struct.pack("<I", len(raw)) + raw)
+        for name in self.flags:
+            message.inputs.add(name=name, datatype="BOOL", shape=[1])
+            message.raw_input_contents.append(b"\x01")
+        if self.priority:
+            message.parameters["priority"].uint64_param = self.priority
+        if self.timeout_us is not None:
+            message.parameters["timeout"].int64_param = self.timeout_us
+        if self.slo_class is not None:
+            message.parameters["slo_class"].string_param = self.slo_class
+        return message
+
+    def to_triton_kwargs(self) -> dict[str, Any]:
+        """As the dictionary that ``tritonclient.grpc.aio`` takes for one request of a stream."""
+        inputs = []
+        for name, text in self.texts:
+            tensor = InferInput(name, [1], "BYTES")
+            tensor.set_data_from_numpy(np.array([text.encode()], dtype=object))
+            inputs.append(tensor)
+        for name in self.flags:
+            tensor = InferInput(name, [1], "BOOL")
+            tensor.set_data_from_numpy(np.array([True]))
+            inputs.append(tensor)
+        return {
+            "model_name": self.model,
+            "inputs": inputs,
+            "request_id": self.request_id,
+            "priority": self.priority,
+            "timeout": self.timeout_us,
+            "parameters": None if self.slo_class is None else {"slo_class": self.slo_class},
+        }
+
+
+def build_request(
+    prompt: str,
+    *,
+    model: str,
+    sampling: SamplingParams | None,
+    stream: bool,
+    priority: int,
+    timeout_s: float | None,
+    request_id: str | None,
+    slo_class: str | None,
+    details: bool,
+) -> Request:
+    """Checks what this side can check. Raises :class:`InvalidRequest` with one sentence."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("the prompt is not valid Unicode: it holds half of a surrogate pair") from None
+    if priority < 0:
+        raise InvalidRequest(f"priority must be 0 (the default) or more, not {priority}: 1 is the highest")
+    if timeout_s is not None and not (math.isfinite(timeout_s) and timeout_s > 0):
+        raise InvalidRequest(f"timeout_s must be a positive number of seconds, not {timeout_s}")
+    sampling = sampling or SamplingParams()
+    sampling_json = sampling.to_json()
+    # Without this flag a response in one piece begins with the prompt.
+    flags = ("exclude_input_in_output", *_ALWAYS_ASKED, *(_SCORES if sampling.logprobs is not None else ()))
+    return Request(
+        model=model,
+        request_id=request_id or uuid.uuid4().hex,
+        texts=(("text_input", prompt), ("sampling_parameters", sampling_json)),
+        flags=flags + (("stream",) if stream else ()) + (_DETAILS if details else ()),
+        priority=priority,
+        timeout_us=None if timeout_s is None else max(1, round(timeout_s * 1e6)),
+        slo_class=slo_class,
+    )
+
+
+def channel_options(own_connection: bool) -> list[tuple[str, int]]:
+    """gRPC channel arguments; ``own_connection`` keeps gRPC from sharing one TCP connection among channels."""
+    options = [
+        ("grpc.max_send_message_length", _LARGEST_MESSAGE),
+        ("grpc.max_receive_message_length", _LARGEST_MESSAGE),
+    ]
+    return [*options, ("grpc.use_local_subchannel_pool", 1)] if own_connection else options
+
+
+def decode(message: Any, arrival_s: float) -> Chunk | None:
+    """One ``ModelInferResponse`` as a chunk; ``None`` for a response without outputs (a bare final flag).
+
+    Raises :class:`ServerError` where the tensors do not follow the contract.
+    """
+    if not message.outputs:
+        return None
+    try:
+        found = {tensor.name: _values(message, i) for i, tensor in enumerate(message.outputs)}
+        text = b"".join(found["text_output"]).decode(errors="replace")
+        reason = _first(found.get("finish_reason"), b"None").decode()
+        share = _first(found.get("rung_share"), b"")
+        levels = tuple(found.get("morph_level", ()))
+        return Chunk(
+            text=text,
+            tokens=int(_first(found.get("num_output_tokens"), len(levels))),
+            levels=levels,
+            rung_share=_rung_share(share) if share else None,
+            finish_reason=None if reason in ("None", "") else reason,
+            num_input_tokens=_first(found.get("num_input_tokens"), None),
+            arrival_s=arrival_s,
+            logprobs=_logprobs(_first(found.get("logprobs"), b"null")),
+        )
+    except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
+        raise ServerError(f"the server's response does not follow the wire contract ({error!r})") from None
+
+
+class ResponseReader:
+    """Reads the responses to one request: decodes, times, and notices how the stream ended."""
+
+    def __init__(self) -> None:
+        self._sent = time.monotonic()
+        self._complete = False
+
+    def read(self, response: Any) -> Chunk | None:
+        """One ``ModelInferResponse``; ``None`` if it holds no text (an empty final response)."""
+        chunk = decode(response, time.monotonic() - self._sent)
+        parameters = response.parameters
+        final = "triton_final_response" in parameters and parameters["triton_final_response"].bool_param
+        if final or (chunk is not None and chunk.finish_reason is not None):
+            self._complete = True
+        return chunk
+
+    def check_complete(self) -> None:
+        """Call at the end of the stream. Raises :class:`ServerError` if the last response never came."""
+        if not self._complete:
+            raise ServerError("the stream ended before its last response: the text may be cut off")
+
+
+def _values(message: Any, index: int) -> Sequence[Any]:
+    tensor = message.outputs[index]
+    if index < len(message.raw_output_contents):
+        return _unpack(tensor.datatype, message.raw_output_contents[index])
+    contents = tensor.contents
+    by_type = {"BYTES": contents.bytes_contents, "UINT32": contents.uint_contents, "INT32": contents.int_contents}
+    return list(by_type[tensor.datatype])
+
+
+def _unpack(datatype: str, raw: bytes) -> Sequence[Any]:
+    if datatype == "BYTES":
+        items, at = [], 0
+        while at < len(raw):
+            (size,) = struct.unpack_from("<I", raw, at)
+            if at + 4 + size > len(raw):
+                raise ValueError("a string tensor is cut short")
+            items.append(raw[at + 4 : at + 4 + size])
+            at += 4 + size
+        return items
+    letter = {"UINT32": "I", "INT32": "i"}[datatype]
+    return struct.unpack(f"<{len(raw) // 4}{letter}", raw)
+
+
+def _first(values: Sequence[Any] | None, default: Any) -> Any:
+    return values[0] if values else default
+
+
+def _logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...], ...]:
+    return tuple(
+        tuple(
+            TokenLogprob(int(token), str(at["decoded_token"]), float(at["logprob"]), int(at["rank"]))
+            for token, at in ranked.items()
+        )
+        for ranked in json.loads(raw) or ()
+    )
+
+
+def _rung_share(raw: bytes) -> RungShare:
+    share = json.loads(raw)
+    return RungShare(full=float(share["full"]), w8=float(share["w8"]), w4=float(share["w4"]))
