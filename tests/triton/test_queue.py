@@ -1,0 +1,104 @@
+"""Triton's queue is the queue: pending count, priorities, timeouts, its limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from triton_server import TritonServer, fake_repository
+from wire_client import GrpcStream, post, text_of, until
+
+pytestmark = pytest.mark.triton
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> Iterator[TritonServer]:
+    """One sequence at a time, one in the line, a queue of 6."""
+    folder = tmp_path_factory.mktemp("narrow")
+    environment = {
+        "MORPH_MODEL": str(tiny_model),
+        "MORPH_MODEL_REPOSITORY": str(fake_repository(folder / "repository", max_queue_size="6")),
+        "MORPH_MAX_NUM_SEQS": "1",
+        "FAKE_STEP_MS": "5",
+    }
+    server = TritonServer(folder, environment)
+    try:
+        yield server.wait_ready().wait_metrics()
+    finally:
+        assert server.stop() == 0, server.output()
+
+
+def fill(server: TritonServer, tokens: int = 300) -> list[GrpcStream]:
+    """Occupy the engine (1 running), its line (2) and execute() (1)."""
+    streams = [GrpcStream(server).ask("hello world", {"max_tokens": tokens})]
+    streams[0].next()
+    streams += [GrpcStream(server).ask("in the line", {"max_tokens": 1}) for _ in range(3)]
+    until(lambda: server.metric("morph_execute_waiting") == 1, 5.0, "a request held in execute()")
+    return streams
+
+
+def finish(streams: list[GrpcStream]) -> None:
+    for stream in streams:
+        assert not stream.rest()[-1].error
+
+
+def pending(server: TritonServer) -> float:
+    return server.metric("nv_inference_pending_request_count", model="morph")
+
+
+def test_the_backlog_is_tritons_pending_count(narrow: TritonServer) -> None:
+    streams = fill(narrow)
+    queued = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(4)]
+    until(lambda: pending(narrow) == 4, 3.0, "the pending count")
+    finish(streams + queued)
+    until(lambda: pending(narrow) == 0, 3.0)
+
+
+def test_priority_1_overtakes_priority_3(narrow: TritonServer) -> None:
+    streams = fill(narrow)
+    low = [GrpcStream(narrow).ask("low", {"max_tokens": 20}, priority=3) for _ in range(3)]
+    until(lambda: pending(narrow) == 3, 3.0)
+    high = GrpcStream(narrow).ask("high", {"max_tokens": 1}, priority=1)
+    until(lambda: pending(narrow) == 4, 3.0)
+    done = {}
+    for name, stream in (("high", high), ("low", low[0])):
+        stream.rest()
+        done[name] = stream.started_s + stream.responses[-1].at_s
+    assert done["high"] < done["low"]
+    finish([*streams, *low[1:]])
+
+
+def test_a_timeout_in_the_queue(narrow: TritonServer) -> None:
+    streams = fill(narrow)
+    late = GrpcStream(narrow).ask("late", {"max_tokens": 1}, timeout=300_000)
+    (response,) = late.rest()
+    assert "Request timeout expired" in response.error
+    assert 0.25 < response.at_s < 2.5
+    finish(streams)
+
+
+def test_a_full_queue(narrow: TritonServer) -> None:
+    streams = fill(narrow, tokens=400)
+    queued = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(6)]
+    until(lambda: pending(narrow) == 6, 3.0)
+    status, body = post(narrow, {"text_input": "one too many"})
+    assert status == 503 and "Exceeds maximum queue size" in body["error"]
+    finish(streams + queued)
+
+
+def test_a_cancelled_request_leaves_the_queue(narrow: TritonServer) -> None:
+    streams = fill(narrow)
+    queued = GrpcStream(narrow).ask("queued", {"max_tokens": 1})
+    until(lambda: pending(narrow) == 1, 3.0)
+    queued.cancel()
+    finish(streams)
+    until(lambda: pending(narrow) == 0, 3.0)
+
+
+def test_bad_input_behind_a_full_line_does_not_disturb(narrow: TritonServer) -> None:
+    streams = fill(narrow)
+    bad = GrpcStream(narrow).ask("bad", {"max_tokens": -1})
+    finish(streams)
+    assert "max_tokens" in bad.rest()[-1].error
+    assert text_of(GrpcStream(narrow).ask("abc", {"max_tokens": 2}).rest()) == "ab"

@@ -1,0 +1,145 @@
+"""A real tritonserver for tests, started by the product's launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+
+def free_ports(count: int) -> list[int]:
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def fake_repository(folder: Path, **replacements: str) -> Path:
+    """The product's repository with the fake engine; `replacements` change settings in config.pbtxt."""
+    version = folder / "morph" / "1"
+    version.mkdir(parents=True)
+    config = (ROOT / "model_repository" / "morph" / "config.pbtxt").read_text()
+    for name, value in replacements.items():
+        lines = [line if f"{name}:" not in line else f"    {name}: {value}" for line in config.splitlines()]
+        config = "\n".join(lines)
+    (folder / "morph" / "config.pbtxt").write_text(config)
+    shutil.copy(ROOT / "model_repository" / "morph" / "1" / "model.json", version / "model.json")
+    shutil.copy(HERE / "repository" / "model.py", version / "model.py")
+    shutil.copy(HERE / "fake_engine.py", version / "fake_engine.py")
+    return folder
+
+
+class TritonServer:
+    """One launcher and its server. `output()` is what the launcher printed."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.http, self.grpc, self.metrics = free_ports(3)
+        self.log = folder / "launcher.log"
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("MORPH_")},
+            "PYTHONPATH": f"{ROOT}:{ROOT / 'backend'}",
+            "MORPH_HTTP_PORT": str(self.http),
+            "MORPH_GRPC_PORT": str(self.grpc),
+            "MORPH_METRICS_PORT": str(self.metrics),
+            "TMPDIR": str(folder),
+            **environment,
+        }
+        self._file = self.log.open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "morph_backend.launcher"],
+            env=self.environment,
+            cwd=folder,
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http}"
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_ready(self, timeout_s: float = 60.0) -> TritonServer:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise AssertionError(f"the launcher ended: {self.output()}")
+            if "ready:" in self.output():
+                return self
+            time.sleep(0.05)
+        raise AssertionError(f"not ready in {timeout_s} s: {self.output()}")
+
+    def wait_metrics(self, timeout_s: float = 5.0) -> TritonServer:
+        """Wait until the model's own metrics stand on the endpoint."""
+        deadline = time.monotonic() + timeout_s
+        while "morph_mode" not in self.metrics_text():
+            assert time.monotonic() < deadline, "the model's metrics did not appear"
+            time.sleep(0.02)
+        return self
+
+    def metrics_text(self) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=5) as answer:
+            return answer.read().decode()
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's values over the series that carry the labels."""
+        total, found = 0.0, False
+        for line in self.metrics_text().splitlines():
+            head, _, value = line.rpartition(" ")
+            if head.partition("{")[0] == name and all(f'{k}="{v}"' in head for k, v in labels.items()):
+                total, found = total + float(value), True
+        if not found:
+            raise KeyError(name)
+        return total
+
+    def alive(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/v2/health/live", timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def family(self) -> list[int]:
+        """The process ids of tritonserver, the stub and the engine."""
+        marker = b"MORPH_RUN_DIR="
+        own = str(self.log.parent).encode()
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    variables = (entry / "environ").read_bytes().split(b"\0")
+                except OSError:
+                    continue
+                if any(v.startswith(marker) and own in v for v in variables):
+                    found.append(int(entry.name))
+        return found
+
+    def stop(self, timeout_s: float = 40.0) -> int:
+        """SIGTERM, then wait; the launcher's exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            for pid in self.family():
+                os.kill(pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self._file.close()

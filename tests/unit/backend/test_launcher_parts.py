@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from morph_backend.launcher.launch_settings import launch_settings
+from morph_backend.launcher.preflight import check_port
+from morph_backend.launcher.processes import end_processes, processes_of
+from morph_backend.launcher.run_folder import RunFolder
+from morph_backend.launcher.server_log import LogFilter, Severity, classify
+from morph_backend.launcher.triton_files import check_python, find_triton
+from morph_runtime.errors import ConfigError
+
+
+def test_the_command_line_wins_over_the_environment() -> None:
+    env = {"MORPH_HTTP_PORT": "9000", "MORPH_MODEL": "a", "MORPH_LOG_VERBOSE": "0"}
+    settings = launch_settings(["--http-port", "9100", "--model", "b", "--mode", "off"], env)
+    assert settings.http_port == 9100 and settings.grpc_port == 8001 and settings.host == "127.0.0.1"
+    assert settings.environment["MORPH_MODEL"] == "b" and settings.environment["MORPH_MODE"] == "off"
+    assert not settings.verbose and launch_settings(["--verbose"], {}).verbose
+    assert launch_settings([], {"MORPH_LOG_VERBOSE": "1"}).verbose
+
+
+def test_an_address_for_all_is_probed_on_this_machine() -> None:
+    assert launch_settings(["--host", "0.0.0.0"], {}).probe_host == "127.0.0.1"
+    assert launch_settings(["--host", "10.1.2.3"], {}).probe_host == "10.1.2.3"
+
+
+@pytest.mark.parametrize("value", ["0", "65536", "-1", "x", "１"])
+def test_bad_ports(value: str) -> None:
+    with pytest.raises(ConfigError, match="MORPH_GRPC_PORT must be a port between 1 and 65535"):
+        launch_settings([], {"MORPH_GRPC_PORT": value})
+
+
+def test_bad_drain_and_equal_ports() -> None:
+    with pytest.raises(ConfigError, match="MORPH_DRAIN_S"):
+        launch_settings([], {"MORPH_DRAIN_S": "nan"})
+    with pytest.raises(ConfigError, match="three different"):
+        launch_settings(["--http-port", "8002"], {})
+
+
+def test_python_and_numpy() -> None:
+    check_python((3, 11), "1.26.4")
+    with pytest.raises(ConfigError, match=r"Python 3\.13 cannot run the embedded Triton"):
+        check_python((3, 13), "1.26.4")
+    with pytest.raises(ConfigError, match=r"NumPy 2\.1\.0 crashes .* pip install 'numpy<2'"):
+        check_python((3, 12), "2.1.0")
+
+
+def test_triton_is_found_without_importing_it() -> None:
+    code = (
+        "import sys; from morph_backend.launcher.triton_files import find_triton; f = find_triton();"
+        "assert f.server.exists() and f.stub.exists(); assert 'pytriton' not in sys.modules"
+    )
+    if not any((Path(p) / "pytriton").is_dir() for p in sys.path):
+        with pytest.raises(ConfigError):
+            find_triton()
+        return
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_port_in_use_names_the_variable() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        with pytest.raises(ConfigError, match="is in use: set MORPH_HTTP_PORT"):
+            check_port("127.0.0.1", taken.getsockname()[1], "MORPH_HTTP_PORT")
+    with pytest.raises(ConfigError, match="not an address"):
+        check_port("203.0.113.7", 12345, "MORPH_HTTP_PORT")
+
+
+@pytest.mark.parametrize(
+    "line, severity, text",
+    [
+        ('I1121 03:02:54.725000 123 model.cc:5] "loaded"', Severity.INFO, "loaded"),
+        ('W1121 03:02:54.725000 123 metrics.cc:631] "DCGM unable to start"', Severity.INFO, "DCGM unable to start"),
+        ('W1121 03:02:54.725000 1 pinned_memory_manager.cc:273] "something"', Severity.WARNING, "something"),
+        ('E1121 03:02:54.725000 1 a_b.cc:7] "bad\\n\\nAt:\\n  x.py(1)"', Severity.ERROR, "bad"),
+        ("Traceback (most recent call last):", Severity.PLAIN, "Traceback (most recent call last):"),
+        ("+-------+--------+", Severity.INFO, "+-------+--------+"),
+        ("| Model | Version |", Severity.INFO, "| Model | Version |"),
+        ("", Severity.INFO, ""),
+    ],
+)
+def test_log_lines(line: str, severity: Severity, text: str) -> None:
+    assert classify(line + "\n") == (severity, text)
+
+
+def test_errors_during_the_start_are_held() -> None:
+    shown: list[str] = []
+    log = LogFilter(shown.append, verbose=False)
+    log.feed("a warning of the model\n")
+    log.feed('E1121 03:02:54.725000 1 a.cc:7] "bad"\n')
+    log.feed("more of it\n")
+    assert shown == ["a warning of the model"]
+    log.started()
+    assert shown[1:] == ["triton error: bad", "more of it"]
+    log.feed('E1121 03:02:54.725000 1 a.cc:7] "again"\n')
+    assert shown[3:] == ["triton error: again"]
+
+
+def test_held_errors_can_be_forgotten_and_verbose_shows_all() -> None:
+    shown: list[str] = []
+    log = LogFilter(shown.append, verbose=False)
+    log.feed('E1121 03:02:54.725000 1 a.cc:7] "bad"\n')
+    log.started(forget=True)
+    assert shown == []
+    LogFilter(shown.append, verbose=True).feed('I1121 03:02:54.725000 1 a.cc:7] "fine"\n')
+    assert len(shown) == 1
+
+
+def test_only_a_runs_own_processes_and_memory_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder()
+    own_memory, other = Path("/dev/shm") / f"{run.shm_prefix}x", Path("/dev/shm") / f"morphserve-other-{os.getpid()}"
+    own_memory.touch()
+    other.touch()
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    marked = {**os.environ, "MORPH_RUN_DIR": str(run.path)}
+    own = [subprocess.Popen([sys.executable, "-c", stubborn], env=marked, stdout=subprocess.PIPE) for _ in range(2)]
+    alien = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        for process in own:
+            assert process.stdout is not None
+            process.stdout.readline()
+        assert sorted(processes_of(run.path)) == sorted(p.pid for p in own)
+        end_processes(run.path, grace_s=0.1)
+        assert [p.wait(5) for p in own] == [-9, -9]
+        run.remove()
+        assert alien.poll() is None and not own_memory.exists() and other.exists() and not run.path.exists()
+    finally:
+        alien.kill()
+        alien.wait()
+        other.unlink()

@@ -1,0 +1,189 @@
+"""The nudger wakes Triton's batcher when a request may be stuck, and stays out of the way otherwise."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from morph_backend.nudge import QueueNudger
+
+
+class FakeQueue:
+    """Stands for Triton: counts nudges, answers them if told to, and can be waited for."""
+
+    def __init__(self) -> None:
+        self.condition = threading.Condition()
+        self.opened = self.closed = self.sent = 0
+        self.answers = True
+        self.broken = False
+        self.backlog = True
+        self.reported = 0
+        self._listener: Callable[[], None] = lambda: None
+
+    def connect(self, listener: Callable[[], None]) -> FakeQueue:
+        if self.broken:
+            raise OSError("refused")
+        self._listener = listener
+        with self.condition:
+            self.opened += 1
+        return self
+
+    def report(self) -> None:
+        with self.condition:
+            self.reported += 1
+            self.condition.notify_all()
+
+    def send(self) -> None:
+        with self.condition:
+            self.sent += 1
+            self.condition.notify_all()
+        if self.answers:
+            self._listener()
+
+    def close(self) -> None:
+        with self.condition:
+            self.closed += 1
+            self.condition.notify_all()
+
+    def wait(self, what: Callable[[], bool]) -> None:
+        with self.condition:
+            assert self.condition.wait_for(what, 10)
+
+
+@pytest.fixture
+def queue() -> FakeQueue:
+    return FakeQueue()
+
+
+@pytest.fixture
+def nudgers() -> Iterator[Callable[..., QueueNudger]]:
+    made: list[QueueNudger] = []
+
+    def make(queue: FakeQueue, **times: float) -> QueueNudger:
+        made.append(
+            QueueNudger(
+                queue.connect,
+                lambda: queue.backlog,
+                on_sent=queue.report,
+                **{"pause_s": 0.005, "answer_s": 0.02, "idle_s": 60.0, **times},
+            )
+        )
+        return made[-1]
+
+    yield make
+    for nudger in made:
+        nudger.close()
+
+
+def test_it_nudges_once_after_execute_has_returned_and_the_queue_answers(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    nudger = nudgers(queue)
+    for count in (1, 2, 3):
+        nudger.entered()
+        nudger.left()
+        queue.wait(lambda expected=count: queue.sent == queue.reported == expected)
+    assert queue.opened == 1
+
+
+def test_it_does_not_nudge_when_nothing_is_queued(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> None:
+    queue.backlog = False
+    nudger = nudgers(queue)
+    for _ in range(20):
+        nudger.entered()
+        nudger.left()
+    nudger.close()
+    assert queue.sent == queue.opened == 0
+
+
+def test_it_does_not_nudge_when_the_next_request_comes_by_itself(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    nudger = nudgers(queue, pause_s=5.0)
+    for _ in range(100):
+        nudger.entered()
+        nudger.left()
+    nudger.entered()
+    nudger.close()
+    assert queue.sent == 0
+
+
+def test_it_does_not_nudge_while_the_next_request_is_held_in_execute(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.answers = False
+    nudger = nudgers(queue, pause_s=0.001)
+    for _ in range(200):
+        nudger.entered()
+        nudger.left()
+        nudger.entered()
+        sent = queue.sent
+        nudger.left()
+        nudger.entered()
+        assert queue.sent <= sent + 1
+        nudger.left()
+        nudger.entered()
+        nudger.left()
+    nudger.entered()
+    nudger.close()
+
+
+def test_it_nudges_again_while_nothing_happens(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> None:
+    queue.answers = False
+    nudger = nudgers(queue)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent >= 4)
+    nudger.entered()
+    sent = queue.sent
+    nudger.close()
+    assert queue.sent <= sent + 1
+
+
+def test_an_idle_stream_is_closed_so_that_the_model_can_unload(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    nudger = nudgers(queue, idle_s=0.05)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.closed == 1)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent == 2)
+    assert queue.opened == 2
+
+
+def test_a_server_out_of_reach_is_said_once_and_tried_again(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger], caplog: pytest.LogCaptureFixture
+) -> None:
+    queue.broken = True
+    nudger = nudgers(queue, retry_s=0.01)
+    for _ in range(3):
+        nudger.entered()
+        nudger.left()
+    queue.broken = False
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent >= 1)
+    assert sum("cannot be nudged" in r.message for r in caplog.records) <= 1
+
+
+def test_a_server_that_does_not_answer_cannot_hold_up_the_end(
+    queue: FakeQueue, monkeypatch: pytest.MonkeyPatch, nudgers: Callable[..., QueueNudger]
+) -> None:
+    go_on, began = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        began.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(queue, "send", hang)
+    nudger = nudgers(queue)
+    nudger.entered()
+    nudger.left()
+    assert began.wait(10)
+    nudger.close(timeout_s=0.05)
+    assert not go_on.is_set()
+    go_on.set()

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+from client_fakes import FakeTriton
+
+from morph_client import (
+    BadInput,
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    MorphClient,
+    MorphError,
+    QueueFull,
+    QueueTimeout,
+    SamplingParams,
+    ServerError,
+    ServerUnavailable,
+)
+
+
+@pytest.fixture
+def client(triton: FakeTriton) -> Iterator[MorphClient]:
+    with MorphClient(triton.url, metrics_url=triton.metrics_url) as one:
+        yield one
+
+
+def test_a_stream_yields_text_tokens_and_levels(client: MorphClient) -> None:
+    chunks = list(client.stream("say it", sampling=SamplingParams(max_tokens=3)))
+    assert [c.text for c in chunks] == ["w0 ", "w1 ", "w2 "]
+    assert [c.finish_reason for c in chunks] == [None, None, "length"]
+    assert chunks[0].levels == (0,) and chunks[0].num_input_tokens == 2
+    assert 0 < chunks[0].arrival_s <= chunks[-1].arrival_s
+
+
+def test_generate_returns_the_whole_answer_with_its_times(client: MorphClient) -> None:
+    answer = client.generate("say it", sampling=SamplingParams(max_tokens=4))
+    assert answer.text == "w0 w1 w2 w3 " and answer.num_output_tokens == 4
+    assert 0 < answer.ttft_s < answer.e2e_s and len(answer.token_arrivals_s) == 4
+
+
+def test_an_empty_final_response_is_no_chunk(client: MorphClient) -> None:
+    chunks = list(client.stream("bare", sampling=SamplingParams(max_tokens=2)))
+    assert [c.text for c in chunks] == ["w0 ", "w1 "]
+
+
+@pytest.mark.parametrize("how", ["", " in-band"])
+@pytest.mark.parametrize(
+    ("word", "kind"), [("refuse", InvalidRequest), ("full", QueueFull), ("late", QueueTimeout), ("dropped", Cancelled)]
+)
+def test_an_error_is_raised_as_its_class_with_the_servers_words(
+    client: MorphClient, word: str, how: str, kind: type[MorphError]
+) -> None:
+    with pytest.raises(kind) as caught:
+        client.generate(word + how)
+    assert str(caught.value) and "request id" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [("dead", ServerUnavailable), ("broken", ServerError), ("nonsense", ServerError), ("cut", ServerError)],
+)
+def test_a_failing_server_is_told_from_a_bad_request(client: MorphClient, word: str, kind: type[MorphError]) -> None:
+    with pytest.raises(kind):
+        client.generate(word)
+
+
+def test_a_deadline_ends_a_request_that_hangs(client: MorphClient, triton: FakeTriton) -> None:
+    with pytest.raises(DeadlineExceeded):
+        client.generate("hang", deadline_s=0.2)
+    assert triton.service.cancelled.acquire(timeout=5)
+
+
+def test_leaving_the_with_block_cancels_on_the_server(client: MorphClient, triton: FakeTriton) -> None:
+    with client.stream("slow", sampling=SamplingParams(max_tokens=1000)) as chunks:
+        next(chunks)
+    assert triton.service.cancelled.acquire(timeout=5)
+    assert list(chunks) == []
+
+
+def test_dropping_a_stream_half_read_cancels_on_the_server(client: MorphClient, triton: FakeTriton) -> None:
+    for _ in client.stream("slow", sampling=SamplingParams(max_tokens=1000)):
+        break
+    gc.collect()
+    assert triton.service.cancelled.acquire(timeout=5)
+
+
+def test_another_thread_can_cancel(client: MorphClient, triton: FakeTriton) -> None:
+    chunks = client.stream("hang")
+    threading.Timer(0.1, chunks.cancel).start()
+    with pytest.raises(Cancelled, match="by this client"):
+        next(chunks)
+    assert triton.service.cancelled.acquire(timeout=5)
+
+
+def test_many_threads_share_a_client_and_leave_nothing_behind(triton: FakeTriton) -> None:
+    texts: list[str] = []
+    before = threading.enumerate()
+    with MorphClient(triton.url, connections=2) as client:
+        threads = [
+            threading.Thread(
+                target=lambda: texts.append(client.generate("x", sampling=SamplingParams(max_tokens=5)).text)
+            )
+            for _ in range(40)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+    assert texts == ["w0 w1 w2 w3 w4 "] * 40
+    # The fake server's own threads stay; what must go is what this side started.
+    foreign = ("ThreadPoolExecutor", "process_request", "serve_forever")
+    mine = [t for t in threading.enumerate() if t not in before and not any(name in t.name for name in foreign)]
+    for thread in mine:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in mine)
+
+
+def test_closing_the_client_ends_its_streams_and_refuses_new_ones(triton: FakeTriton) -> None:
+    client = MorphClient(triton.url)
+    chunks = client.stream("hang")
+    threading.Timer(0.1, client.close).start()
+    with pytest.raises(Cancelled):
+        next(chunks)
+    with pytest.raises(Cancelled, match="closed"):
+        client.generate("x")
+
+
+def test_readiness_and_metrics(client: MorphClient, triton: FakeTriton) -> None:
+    assert client.server_ready()
+    assert not MorphClient(triton.url, model="other").server_ready()
+    assert client.metrics().get("morph_level_max", model="morph") == 8
+
+
+def test_without_a_server_the_remedy_is_named() -> None:
+    with MorphClient("localhost:9", metrics_url="http://localhost:9/metrics") as client:
+        assert not client.server_ready()
+        with pytest.raises(ServerUnavailable, match="morph serve"):
+            client.generate("x")
+        with pytest.raises(ServerUnavailable, match="metrics page"):
+            client.metrics()
+
+
+def test_an_impossible_number_of_connections_is_refused() -> None:
+    with pytest.raises(BadInput):
+        MorphClient(connections=0)

@@ -1,0 +1,316 @@
+"""A scripted schedule of levels, up and down in mid-request: every token's logits equal those of a slow reference.
+
+The reference is a dense decoder in float32, written apart from the engine's. It replays what the
+engine did (which tokens of which request at which level) with the dequantized weights of that
+level's rungs, keeping keys and values as they were computed. It knows nothing of blocks, pages,
+batches or kernels, so it agrees only if none of them ever lost or mixed up anything. With the prefix
+cache on, a ledger beside it says which of its own keys and values stand in which block: a request that
+was given blocks goes on from these, after a check of their tokens and of the levels that wrote them.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from engine.conftest import run_all, submit
+from morph_runtime.scheduler import StepPlan
+from weights.awq_packer import make_awq
+
+if TYPE_CHECKING:
+    from engine.conftest import EngineFactory
+    from morph_runtime.engine.core import Engine
+
+ABSOLUTE_TOLERANCE = 2e-3
+"""On logits of magnitude ~10; float32 rounding through four layers stays an order below it."""
+HEADS, HEAD_DIM, EPS, THETA = 4, 32, 1e-6, 10000.0
+
+
+@dataclass
+class DenseRequest:
+    """Keys and values of one request, per layer: [tokens, kv_heads, head_dim]."""
+
+    keys: dict[int, torch.Tensor] = field(default_factory=dict)
+    values: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A slice that the engine ran: all tokens up to its end, and the logits of the last, if they were wanted."""
+
+    key: int
+    tokens: list[int]
+    start: int
+    level: int
+    rungs: tuple[str, ...]
+    table: list[int]
+    logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Blocks that the engine copied: (source, target)."""
+
+    pairs: list[tuple[int, int]]
+
+
+class Oracle:
+    """Replays slices at given rungs."""
+
+    def __init__(self, folder: Path, linears: Callable[[int, str], dict[str, torch.Tensor]]) -> None:
+        self._weights = load_file(folder / "model.safetensors")
+        self._linears = linears
+        self.requests: dict[int, DenseRequest] = {}
+
+    def replay(self, key: int, tokens: list[int], start: int, rungs: tuple[str, ...]) -> torch.Tensor:
+        """Logits [vocab] after `tokens`, which stand at positions `start`.. of request `key`."""
+        if start == 0:  # also after a preemption: everything is computed anew
+            self.requests[key] = DenseRequest()
+        state = self.requests[key]
+        x = self._weights["model.embed_tokens.weight"][tokens]
+        positions = torch.arange(start, start + len(tokens))
+        for layer, rung in enumerate(rungs):
+            x = self._layer(x, positions, layer, self._linears(layer, rung), state)
+        x = self._norm(x[-1], self._weights["model.norm.weight"])
+        return self._weights["model.embed_tokens.weight"] @ x
+
+    def _layer(
+        self, x: torch.Tensor, positions: torch.Tensor, layer: int, w: dict[str, torch.Tensor], state: DenseRequest
+    ) -> torch.Tensor:
+        h = self._norm(x, w["input_norm"])
+        qkv = h @ w["qkv"].T
+        kv_heads = (qkv.shape[-1] // HEAD_DIM - HEADS) // 2
+        q, k, v = qkv.view(len(x), -1, HEAD_DIM).split([HEADS, kv_heads, kv_heads], dim=1)
+        q, k = self._rope(q, positions), self._rope(k, positions)
+        if layer in state.keys:
+            k, v = torch.cat([state.keys[layer], k]), torch.cat([state.values[layer], v])
+        state.keys[layer], state.values[layer] = k, v
+        k, v = (t.repeat_interleave(HEADS // kv_heads, dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD_DIM**0.5
+        visible = torch.arange(k.shape[0])[None, :] <= positions[:, None]
+        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
+        attended = torch.einsum("hqk,khd->qhd", weights, v).reshape(len(x), -1)
+        x = x + attended @ w["o"].T
+        h = self._norm(x, w["post_norm"])
+        gate, up = (h @ w["gate_up"].T).chunk(2, dim=-1)
+        return x + (torch.nn.functional.silu(gate) * up) @ w["down"].T
+
+    @staticmethod
+    def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+    @staticmethod
+    def _rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        frequencies = THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
+        angles = positions[:, None, None] * frequencies
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def weights_of(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
+    """Copies of a layer's norms and of what each linear multiplies with at its present rung: float32 [out, in]."""
+    bound = engine.parts.swapper.layers[layer]
+    linears = {part.shape.name: part.dequantize().clone() for part in bound.linears}
+    return {**linears, "input_norm": bound.input_norm.clone(), "post_norm": bound.post_norm.clone()}
+
+
+def record(engine: Engine, log: list[Ran | Moved]) -> None:
+    """Write down every slice that the engine runs, with the rungs in force and the logits it gave."""
+    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.decoder, engine.parts.swapper
+    schedule, forward = scheduler.schedule, decoder.forward
+    copy_blocks = engine.parts.cache.copy_blocks
+    plans: list[StepPlan] = []
+
+    def scheduled(level: int) -> StepPlan:
+        plans.append(schedule(level))
+        return plans[-1]
+
+    def forwarded(batch, layers):  # type: ignore[no-untyped-def]
+        logits = forward(batch, layers)
+        rows = iter(logits.clone())
+        for part in plans[-1].slices:
+            tokens, table = part.request.tokens[: part.start + part.length], list(part.request.blocks)
+            wanted = next(rows) if part.samples else None
+            log.append(Ran(part.request.key, tokens, part.start, engine.level, swapper.rungs, table, wanted))
+        return logits
+
+    def copied(pairs):  # type: ignore[no-untyped-def]
+        log.append(Moved(list(pairs)))
+        copy_blocks(pairs)
+
+    scheduler.schedule = scheduled  # type: ignore[method-assign]
+    decoder.forward = forwarded  # type: ignore[method-assign]
+    engine.parts.cache.copy_blocks = copied  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What stands in one token's place: the tokens up to it, the levels it depends on, K and V of each layer."""
+
+    tokens: list[int]
+    levels: frozenset[int]
+    rows: list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Ledger:
+    """Where the oracle's keys and values stand in the engine's blocks."""
+
+    def __init__(self, oracle: Oracle, block_tokens: int, reuse: str) -> None:
+        self._oracle = oracle
+        self._block_tokens = block_tokens
+        self._reuse = reuse
+        self._places: dict[tuple[int, int], Content] = {}
+        self._reached: dict[int, int] = {}
+        self.reused = 0
+
+    def replay(self, ran: Ran) -> torch.Tensor:
+        """Logits [vocab] after a slice that goes on from what its block table holds."""
+        contents = [self._places[self._place(ran, position)] for position in range(ran.start)]
+        assert all(content.tokens == ran.tokens[: i + 1] for i, content in enumerate(contents))
+        if ran.start and ran.start != self._reached.get(ran.key):
+            self._check_reuse(ran, contents)
+        self._oracle.requests[ran.key] = state = DenseRequest()
+        for layer in range(len(ran.rungs) if contents else 0):
+            state.keys[layer] = torch.stack([content.rows[layer][0] for content in contents])
+            state.values[layer] = torch.stack([content.rows[layer][1] for content in contents])
+        logits = self._oracle.replay(ran.key, ran.tokens[ran.start :], ran.start, ran.rungs)
+        state = self._oracle.requests[ran.key]
+        levels = (contents[-1].levels if contents else frozenset()) | {ran.level}
+        for position in range(ran.start, len(ran.tokens)):
+            rows = [(state.keys[layer][position], state.values[layer][position]) for layer in range(len(ran.rungs))]
+            self._places[self._place(ran, position)] = Content(ran.tokens[: position + 1], levels, rows)
+        self._reached[ran.key] = len(ran.tokens)
+        return logits
+
+    def move(self, moved: Moved) -> None:
+        """Follow a migration."""
+        for source, target in moved.pairs:
+            for offset in range(self._block_tokens):
+                if (source, offset) in self._places:
+                    self._places[target, offset] = self._places[source, offset]
+
+    def _place(self, ran: Ran, position: int) -> tuple[int, int]:
+        return ran.table[position // self._block_tokens], position % self._block_tokens
+
+    def _check_reuse(self, ran: Ran, contents: list[Content]) -> None:
+        self.reused += ran.start
+        levels = frozenset().union(*(content.levels for content in contents))
+        if self._reuse == "at_least":
+            assert max(levels) <= ran.level
+            return
+        assert levels == {ran.level}
+        anew = -1
+        self._oracle.replay(anew, ran.tokens[: ran.start], 0, ran.rungs)
+        for layer in range(len(ran.rungs)):
+            given = torch.stack([content.rows[layer][0] for content in contents])
+            torch.testing.assert_close(given, self._oracle.requests[anew].keys[layer], atol=1e-4, rtol=1e-4)
+
+
+def oracle_for(engine: Engine, folder: Path) -> Oracle:
+    """An oracle with what the engine's layers multiply with at each of its levels."""
+    dequantized = {}
+    for level in range(len(engine.parts.capacities)):
+        engine.set_level(level)
+        for layer, rung in enumerate(engine.parts.swapper.rungs):
+            if (layer, rung) not in dequantized:
+                dequantized[layer, rung] = weights_of(engine, layer)
+    engine.set_level(0)
+    return Oracle(folder, lambda layer, rung: dequantized[layer, rung])
+
+
+def scripted_levels(engine: Engine) -> Callable[[int], None]:
+    """Up and down, sometimes in the middle of a shift, every six steps."""
+    top = len(engine.parts.capacities) - 1
+    schedule = [0, 0, 3, top, 1, top, 0, 2, top - 1]
+
+    def scripted(step: int) -> None:
+        if step % 6 == 0:
+            engine.parts.shifter.target = schedule[step // 6 % len(schedule)]
+            if step % 12 == 0 and step % 5:
+                engine.parts.shifter.settle()
+
+    return scripted
+
+
+@pytest.mark.parametrize("ladder", [["w4"], ["w8", "w4"]])
+@pytest.mark.parametrize("awq", [False, True], ids=["rounded", "awq"])
+def test_every_logit_equals_the_reference_with_the_same_level_schedule(
+    tiny_model: Path, engines: EngineFactory, tmp_path: Path, ladder: list[str], awq: bool
+) -> None:
+    engine = engines(
+        tiny_model,
+        model={"awq_path": str(make_awq(tiny_model, tmp_path))} if awq else {},
+        morph={"ladder": ladder, "order": "2,0,3,1"},
+        memory={"kv_tokens": 256},
+        cache={"prefix": False},
+    )
+    engine.set_level(len(engine.parts.capacities) - 1)
+    rescaled = awq and engine.parts.spec.kv_heads == engine.parts.spec.heads
+    assert all((layer.o.input_scale is not None) == rescaled for layer in engine.parts.swapper.layers)
+    oracle = oracle_for(engine, tiny_model)
+    log: list[Ran | Moved] = []
+    record(engine, log)
+    rng = random.Random(5)
+    for key in range(10):
+        submit(engine, key, [rng.randrange(1, 200) for _ in range(rng.randint(1, 100))], 40)
+    run_all(engine, scripted_levels(engine))
+    slices = [entry for entry in log if isinstance(entry, Ran)]
+    assert len({ran.rungs for ran in slices}) > len(engine.parts.capacities) // 2, "the schedule must visit many levels"
+    compared = 0
+    for ran in slices:
+        expected = oracle.replay(ran.key, ran.tokens[ran.start :], ran.start, ran.rungs)
+        if ran.logits is not None:
+            torch.testing.assert_close(ran.logits, expected, atol=ABSOLUTE_TOLERANCE, rtol=0)
+            compared += 1
+    assert compared == 400
+
+
+@pytest.mark.parametrize("reuse", ["exact", "at_least"])
+def test_every_logit_equals_the_reference_when_prefixes_are_shared_across_levels(
+    tiny_model: Path, engines: EngineFactory, reuse: str
+) -> None:
+    engine = engines(tiny_model, morph={"order": "2,0,3,1"}, memory={"kv_tokens": 256}, cache={"reuse": reuse})
+    oracle = oracle_for(engine, tiny_model)
+    log: list[Ran | Moved] = []
+    record(engine, log)
+    rng = random.Random(6)
+    stems = [[rng.randrange(1, 200) for _ in range(60)] for _ in range(2)]
+    for key in range(24):
+        submit(engine, key, [*rng.choice(stems)[: rng.choice([20, 60])], *[rng.randrange(1, 200)] * (key % 9 + 1)], 24)
+    run_all(engine, scripted_levels(engine))
+    ledger = Ledger(oracle, engine.parts.config.memory.block_tokens, reuse)
+    compared = 0
+    for entry in log:
+        if isinstance(entry, Moved):
+            ledger.move(entry)
+            continue
+        expected = ledger.replay(entry)
+        if entry.logits is not None:
+            torch.testing.assert_close(entry.logits, expected, atol=ABSOLUTE_TOLERANCE, rtol=0)
+            compared += 1
+    assert compared == 24 * 24
+    assert engine.parts.resizer.blocks_migrated > 0, "the test must migrate"
+    assert ledger.reused > 200, "the test must share"
+
+
+def test_the_oracle_notices_a_wrong_rung(tiny_model: Path, engines: EngineFactory) -> None:
+    engine = engines(tiny_model)
+    engine.set_level(1)
+    weights = [weights_of(engine, layer) for layer in range(engine.parts.spec.layers)]
+    log: list[Ran | Moved] = []
+    record(engine, log)
+    submit(engine, 1, [5, 6, 7], 1)
+    engine.set_level(0)
+    run_all(engine)
+    oracle = Oracle(tiny_model, lambda layer, _: weights[layer])
+    ran = log[0]
+    assert isinstance(ran, Ran) and ran.logits is not None
+    assert (oracle.replay(ran.key, ran.tokens, ran.start, ran.rungs) - ran.logits).abs().max() > 10 * ABSOLUTE_TOLERANCE

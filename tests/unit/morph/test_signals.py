@@ -1,0 +1,49 @@
+"""What the controller is told is true also before anything has ended, and however requests end."""
+
+from __future__ import annotations
+
+from morph_runtime.config import CacheSettings, SchedulerSettings
+from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.kv import BlockPool
+from morph_runtime.morph.controller import expected_wait_s
+from morph_runtime.morph.signals import LoadStatistics, Signals
+from morph_runtime.scheduler import PrefixCache, Request, Scheduler
+
+BLOCK_TOKENS = 4
+
+
+def busy_scheduler() -> Scheduler:
+    """Two long requests run, one waits for their blocks."""
+    pool = BlockPool(12)
+    cache = PrefixCache(CacheSettings(prefix=False), pool, BLOCK_TOKENS)
+    scheduler = Scheduler(SchedulerSettings(), pool, cache, BLOCK_TOKENS, 48, [])
+    for key in range(3):
+        scheduler.add(Request(key, [1] * 20, 20, SamplingParams(max_tokens=20, ignore_eos=True), arrival_s=float(key)))
+    for _ in range(3):
+        plan = scheduler.schedule(0)
+        for request in plan.started:
+            request.started_s = 10.0
+        scheduler.complete(plan, {s.request.key: 1 for s in plan.slices if s.samples}, 0)
+    return scheduler
+
+
+def read(statistics: LoadStatistics, scheduler: Scheduler, now_s: float) -> Signals:
+    return statistics.read(now_s, 0, (12, 24), 12, 8, scheduler, None)
+
+
+def test_before_anything_has_ended_the_age_of_what_runs_stands_for_the_residence() -> None:
+    scheduler = busy_scheduler()
+    signals = read(LoadStatistics(), scheduler, now_s=15.0)
+    assert signals.waiting > 0
+    assert signals.residence_s == 5.0
+    assert expected_wait_s(signals, 0) > expected_wait_s(signals, 1)
+
+
+def test_a_request_that_was_ended_from_outside_counts_with_its_own_length() -> None:
+    scheduler = busy_scheduler()
+    statistics = LoadStatistics()
+    assert statistics.expected_tokens(scheduler.running[0]) == 40
+    ended = scheduler.cancel(0)
+    assert ended is not None and ended.output_len > 0
+    statistics.finished(ended, now_s=13.0)
+    assert statistics.expected_tokens(scheduler.running[0]) < 30
