@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,10 +10,11 @@ import triton_python_backend_utils as pb_utils
 
 from morph_backend.metric_catalog import COUNTER, GAUGE, HISTOGRAM, MetricSpec
 from morph_backend.recorder import Changes, Labels, MetricsRecorder
+from morph_backend.worker import Worker
 
 
-class MetricsExporter:
-    """Hands the recorder's changes to Triton every `interval_s` seconds.
+class MetricsExporter(Worker):
+    """Hands the recorder's changes to Triton every `interval_s` seconds; what is left, when it is closed.
 
     A server that runs without metrics is tolerated: the changes are thrown away then.
     """
@@ -28,26 +28,15 @@ class MetricsExporter:
         before: Callable[[], None],
     ) -> None:
         """`labels` go on every metric; `before` is called ahead of each export and may set gauges."""
+        super().__init__("metrics", interval_s)
         self._recorder = recorder
         self._catalog = catalog
         self._labels = dict(labels)
-        self._interval_s = interval_s
         self._before = before
         self._families: dict[str, Any] = {}  # must live as long as their metrics
         self._metrics: dict[tuple[str, Labels], Any] = {}
-        self._stop = threading.Event()
         self._available = True
         self._complained: set[str] = set()  # metrics whose failure has been logged
-        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        """Export what is left and end the thread."""
-        self._stop.set()
-        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         self._create_families()

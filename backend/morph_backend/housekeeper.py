@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 
+from morph_backend.worker import Worker
 
-class Housekeeper:
+
+class Housekeeper(Worker):
     """Calls each duty every `interval_s` seconds, less often if they take long; one that raises is logged."""
 
     def __init__(self, interval_s: float, duties: Sequence[Callable[[], None]]) -> None:
-        self._interval_s = interval_s
+        super().__init__("housekeeper", interval_s)
         self._duties = tuple(duties)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="housekeeper", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        """End the thread."""
-        self._stop.set()
-        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         pause = self._interval_s

@@ -6,12 +6,12 @@ import contextlib
 import http.client
 import logging
 import re
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from morph_backend.metrics_page import MetricsPage
+from morph_backend.worker import Worker
 from morph_runtime.engine.messages import QueueSignal
 
 PENDING = "nv_inference_pending_request_count"
@@ -95,7 +95,7 @@ def make_signal(before: QueueReading | None, now: QueueReading, held: int, held_
     )
 
 
-class QueueWatch:
+class QueueWatch(Worker):
     """A thread that reads the endpoint and publishes a signal; unreachable, it publishes nothing."""
 
     def __init__(
@@ -107,22 +107,11 @@ class QueueWatch:
         publish: Callable[[QueueSignal], None],
     ) -> None:
         """`address` is host and port of the endpoint, `model` the model's name and version."""
+        super().__init__("queue-watch", interval_s)
         self._page = MetricsPage(address)
         self._model = model
-        self._interval_s = interval_s
         self._held = held
         self._publish = publish
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="queue-watch", daemon=True)
-
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
-
-    def close(self, timeout_s: float = 5.0) -> None:
-        """End the thread."""
-        self._stop.set()
-        self._thread.join(timeout_s)
 
     def _run(self) -> None:
         before: QueueReading | None = None

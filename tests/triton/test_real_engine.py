@@ -18,11 +18,7 @@ import pytest
 from triton_server import ROOT, TritonServer
 from wire_client import GrpcStream, generate, open_sse, post, sse, sse_events, text_of, until
 
-DEMO = ROOT / "models" / "morph-demo"
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(not (DEMO / "config.json").is_file(), reason="the demo model is not there"),
-]
+pytestmark = pytest.mark.triton
 
 
 @pytest.fixture(scope="module")
