@@ -17,7 +17,7 @@ TARGET = ROOT / "constraints" / "cpu.txt"
 PYTHONS = ("3.10", "3.11", "3.12")
 EXTRAS = ("server", "embedded", "plots", "dev")
 FIXED = ("torch==2.13.0", "numpy==1.26.4")
-LEFT_OUT = ("cuda-", "nvidia-cu", "nvidia-nccl", "nvidia-nv", "triton==")
+LEFT_OUT = ("cuda-", "nvidia-cu", "nvidia-nccl", "nvidia-nv")
 HEADER = """\
 # The CPU set-up, pinned for Python 3.10, 3.11 and 3.12 on Linux x86-64.
 # Written by tools/lock_constraints.py: change pyproject.toml and run that, do not edit.

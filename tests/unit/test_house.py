@@ -50,7 +50,11 @@ MAY_IMPORT_IN_FUNCTIONS = {
     "morph_client/cli": {"morph_backend"},
     "morph_client/chat_template": {"jinja2", "tokenizers", "transformers"},
     "morph_client/awq/worker": {"awq", "tokenizers"},
+    # What only a GPU needs is imported when there is one.
+    "morph_runtime/memory/cuda": {"cuda"},
 }
+# Only modules of the CUDA kernels are written in Triton's language; nothing on the CPU path imports them.
+MAY_IMPORT_TRITON = "morph_runtime/kernels/cuda/"
 # Rooms that must not know of a thing (the table in the design).
 MUST_NOT_KNOW = {"morph_runtime/scheduler": {"torch"}}
 
@@ -111,6 +115,8 @@ def imports(tree: ast.AST, in_function: bool = False) -> Iterator[tuple[str, int
 
 def imports_go_one_way(module: Module) -> list[str]:
     allowed = MAY_IMPORT[module.package] | {module.package}
+    if module.place.startswith(MAY_IMPORT_TRITON):
+        allowed = allowed | {"triton"}
     complaints = []
     for name, line, in_function in imports(module.tree):
         known = allowed | (applies(MAY_IMPORT_IN_FUNCTIONS, module.place) if in_function else set())
