@@ -15,9 +15,11 @@ from morph_runtime.engine.opening import open_checkpoint, open_pack
 from morph_runtime.errors import ConfigError
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
 from morph_runtime.memory.cpu import CpuPageArena
+from morph_runtime.memory.fence import CpuOrder
 from morph_runtime.memory.ledger import GIB, Ledger, auto_extent_bytes, plan_memory
 from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.controller import Controller
+from morph_runtime.morph.filling import ThreadFiller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.swapper import LayerSwapper
@@ -58,7 +60,8 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
     arena.map(static_range, 0, static_range.extents)
     static_slot = arena.tensor(static_range, 0, (static.static_bytes,), torch.uint8)
     static.fill(static_slot)
-    swapper = LayerSwapper(arena, slots, spec.layers, rungs)
+    order = CpuOrder()
+    swapper = LayerSwapper(arena, slots, plan.order, rungs, ThreadFiller(slots), wake)
     swapper.load()
 
     capacities = tuple(ledger.kv_blocks_at_level(level) for level in range(plan.max_level + 1))
@@ -67,7 +70,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
     pool = BlockPool(0)
     prefix = PrefixCache(config.cache, pool, config.memory.block_tokens)
     scheduler = Scheduler(config.scheduler, pool, prefix, config.memory.block_tokens, max_model_len, spec.eos_ids)
-    resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks)
+    resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, order)
     resizer.grow()
     scratch = torch.empty(slots.scratch_bytes, dtype=torch.uint8)
     decoder = Decoder(spec, static.bind(static_slot), cache, scratch, max_model_len)
@@ -89,7 +92,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
             decoder=decoder,
             swapper=swapper,
             resizer=resizer,
-            shifter=LevelShifter(plan, swapper, resizer, wake),
+            shifter=LevelShifter(plan, swapper, resizer, capacities, order),
             controller=Controller(config.morph, plan.max_level),
             intake=Intake(scheduler, grammars),
             sampler=Sampler(spec.eos_ids, torch.device(config.device), threads),

@@ -222,6 +222,7 @@ class Engine:
             IntegrityError: they do not.
         """
         self._parts.arena.check_integrity()
+        self._parts.swapper.check_integrity()
         self._parts.pool.check_integrity()
         self._parts.scheduler.check_integrity()
         self._parts.intake.check_integrity()
@@ -252,7 +253,7 @@ class Engine:
         parts = self._parts
         counters = parts.shifter.counters
         by_range = parts.arena.resident_bytes()
-        weights = sum(n for name, n in by_range.items() if name.startswith("layer"))
+        weights = sum(n for name, n in by_range.items() if name.startswith("weights."))
         static = by_range.get("static", 0)
         return EngineStats(
             at_s=time.monotonic(),
