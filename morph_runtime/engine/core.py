@@ -19,6 +19,7 @@ from morph_runtime.engine.messages import (
     Submit,
     TokenDelta,
 )
+from morph_runtime.engine.runner import StepRunner
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
@@ -30,7 +31,7 @@ from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.signals import LoadStatistics
 from morph_runtime.morph.swapper import LayerSwapper
-from morph_runtime.sampling.sampler import Sampled, Sampler
+from morph_runtime.sampling.sampler import Sampled
 from morph_runtime.scheduler import Request, Scheduler, StepPlan
 from morph_runtime.weights.spec import ModelSpec
 
@@ -55,7 +56,7 @@ class EngineParts:
     shifter: LevelShifter
     controller: Controller
     intake: Intake
-    sampler: Sampler
+    runner: StepRunner
 
 
 class Engine:
@@ -170,11 +171,8 @@ class Engine:
     def _run(self, plan: StepPlan) -> tuple[list[Request], Sampled]:
         """Forward and sample; the requests whose next token was asked for, and what was chosen, in their order."""
         batch, sampling = make_batch(plan, self._parts.config.memory.block_tokens)
-        with torch.inference_mode():
-            logits = self._parts.decoder.forward(batch, self._parts.swapper.layers)
-            if not sampling:
-                return [], Sampled([])
-            return sampling, self._parts.sampler.sample(logits, [self._parts.intake.row(r) for r in sampling])
+        rows = [self._parts.intake.row(r) for r in sampling]
+        return sampling, self._parts.runner.launch(batch, rows, None).result()
 
     def _book(
         self, plan: StepPlan, sampling: list[Request], sampled: Sampled, level: int, now: float

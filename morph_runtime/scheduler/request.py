@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from dataclasses import dataclass, field
 
 from morph_runtime.engine.messages import SamplingParams
@@ -29,7 +30,7 @@ class Request:
         priority: 0 is the highest.
         arrival_s: monotonic seconds.
         computed: leading tokens whose keys and values are in the KV cache.
-        blocks: block ids, in token order; `len(blocks) * block_tokens >= computed`.
+        blocks: block ids (32 bits each), in token order; `len(blocks) * block_tokens >= computed`.
         levels: the level at which each output token was computed.
         shared: how many of `blocks` others held already when it was admitted.
         cached_tokens: tokens that came from the prefix cache when the request was first scheduled.
@@ -46,7 +47,7 @@ class Request:
     priority: int = 0
     arrival_s: float = 0.0
     computed: int = 0
-    blocks: list[int] = field(default_factory=list)
+    blocks: array[int] = field(default_factory=lambda: array("i"))
     levels: list[int] = field(default_factory=list)
     shared: int = 0
     cached_tokens: int = 0

@@ -9,6 +9,7 @@ cache holds of a request is decided with its admission: live blocks that it shar
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -171,7 +172,7 @@ class Scheduler:
     def remap_blocks(self, mapping: Mapping[int, int]) -> None:
         """Patch every block table, and the prefix cache, after blocks have moved (old id -> new id)."""
         for request in self._running:
-            request.blocks = [mapping.get(b, b) for b in request.blocks]
+            request.blocks = array("i", [mapping.get(b, b) for b in request.blocks])
         self._prefix.remap(mapping)
 
     def check_integrity(self) -> None:
@@ -245,7 +246,7 @@ class Scheduler:
         request.cursor = self._prefix.take(hit)  # before others are allocated, so that these are not evicted for them
         request.computed = len(hit.blocks) * self._block_tokens
         fresh = self._pool.allocate(self.blocks_for(len(request.tokens)) - len(hit.blocks))
-        request.blocks = [*hit.blocks, *fresh]
+        request.blocks = array("i", [*hit.blocks, *fresh])
         request.state = RequestState.RUNNING
         self._running.add(request)
         if not request.started:
@@ -282,7 +283,7 @@ class Scheduler:
         self._prefix.leave(request.cursor)
         self._pool.free(reversed(request.blocks))  # the end of a prefix is evicted before its beginning
         request.cursor = None
-        request.blocks = []
+        request.blocks = array("i")
         request.shared = 0
         request.computed = 0
 
