@@ -4,8 +4,8 @@ The values are those of `kernels.quantize`, bit for bit: every operation below i
 PyTorch uses on a CPU, and none may be fused or replaced by a reciprocal.
 
 W4's layout: blocks of 64 rows x one group of 128 inputs. `codes` uint8 [ceil(N / 64), K / 128, 64, 64]: byte j of a
-row holds the code of input i in its low half and that of input i + 64 in its high half, where i is j with the two
-middle bytes of every four swapped: a mask then yields neighbouring inputs in the two halves of a 32-bit register.
+row holds the code of input j in its low half and that of input j + 64 in its high half, so that one load gives two
+contiguous tiles of inputs.
 `both` int32 [K / 128, N]: zero << 16 | scale, as bfloat16 bits. Rows of `codes` past N are never written.
 """
 
@@ -50,12 +50,6 @@ def nearest_code(values: tl.tensor, zero: tl.tensor, scale: tl.tensor) -> tl.ten
     return ((steps + ROUND) - ROUND).to(tl.int32).to(tl.uint8)
 
 
-@kernel
-def swap_middle(values: tl.tensor, rows: tl.constexpr) -> tl.tensor:
-    """[rows, 64] with the two middle columns of every four swapped."""
-    return values.reshape(rows, 16, 2, 2).permute(0, 1, 3, 2).reshape(rows, 64)
-
-
 @kernel_with_varying(["first_row", "count"])
 def pack_int4(
     weight: tl.tensor,
@@ -87,7 +81,7 @@ def pack_int4(
     packed = nearest_code(low, zeros, scales) | nearest_code(high, zeros, scales) << 4
     target = first_row + row
     slot = ((target // 64).to(tl.int64) * (k // 128) + group) * 64 + target % 64
-    tl.store(codes + slot[:, None] * 64 + tl.arange(0, 64)[None, :], swap_middle(packed, rows), mask=inside[:, None])
+    tl.store(codes + slot[:, None] * 64 + tl.arange(0, 64)[None, :], packed, mask=inside[:, None])
     tl.store(both + group * n + target, as_bits(zero) << 16 | as_bits(scale), mask=inside)
     if group == 0:
         tl.store(locks + target // 16, tl.zeros((rows,), tl.int32), mask=inside & (target % 16 == 0))
@@ -106,7 +100,6 @@ def unpack_int4(
     pair = tl.load(both + group * n + row, mask=inside, other=0)
     scale = (pair << 16).to(tl.float32, bitcast=True)[:, None]
     zero = (pair & -65536).to(tl.float32, bitcast=True)[:, None]
-    packed = swap_middle(packed, rows)
     place = row.to(tl.int64)[:, None] * k + group * 128 + tl.arange(0, 64)[None, :]
     low = ((packed & 15).to(tl.float32) - 8) * scale + zero
     high = ((packed >> 4).to(tl.float32) - 8) * scale + zero

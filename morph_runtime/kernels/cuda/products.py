@@ -37,12 +37,13 @@ NIBBLES_TO_BF16 = tl.constexpr("""{
 .reg .b32 a, b, c, d, h, one, less;
 mov.b32 one, 0x3f803f80;
 mov.b32 less, 0xc308c308;
-lop3.b32 a, $4, 0x000f000f, 0x43004300, 0xea;
-shr.u32 h, $4, 8;
-lop3.b32 b, h, 0x000f000f, 0x43004300, 0xea;
-shr.u32 h, $4, 4;
+prmt.b32 h, $4, 0, 0x4140;
+lop3.b32 a, h, 0x000f000f, 0x43004300, 0xea;
+shr.u32 h, h, 4;
 lop3.b32 c, h, 0x000f000f, 0x43004300, 0xea;
-shr.u32 h, $4, 12;
+prmt.b32 h, $4, 0, 0x4342;
+lop3.b32 b, h, 0x000f000f, 0x43004300, 0xea;
+shr.u32 h, h, 4;
 lop3.b32 d, h, 0x000f000f, 0x43004300, 0xea;
 fma.rn.bf16x2 a, a, one, less;
 fma.rn.bf16x2 b, b, one, less;
@@ -212,15 +213,13 @@ def int4_product(
     offs_n = tile_n * bn + tl.arange(0, bn)
     offs_m = tile_m * bm + tl.arange(0, bm)
     offs_j = tl.arange(0, 64)
-    # Without packed_math the codes keep the order of their bytes, where the middle two of four stand swapped.
-    offs_k = offs_j if packed_math else (offs_j & ~3) | (offs_j & 1) << 1 | (offs_j >> 1) & 1
     groups = k // 128
     first, last = split * groups // splits, (split + 1) * groups // splits
     stored = tl.minimum(offs_n, (n + 63) // 64 * 64 - 1)
     block = stored // 64 * groups + first
     code_ptrs = codes + (block * 64 + stored % 64)[:, None] * 64 + offs_j[None, :]
     both_ptrs = both + first * n + tl.minimum(offs_n, n - 1)
-    x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + first * 128 + offs_k[None, :]
+    x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + first * 128 + offs_j[None, :]
     acc = tl.zeros((bn, bm), tl.float32)
     for _ in range(first, last):
         low, high = widen_int4(tl.load(code_ptrs), tl.load(both_ptrs), packed_math)

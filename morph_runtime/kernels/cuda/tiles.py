@@ -45,11 +45,19 @@ def pick_int4(m: int, n: int, k: int) -> Tile:
 
 def pick_rows(m: int, n: int, k: int) -> Tile:
     """The tile of FP8 weights and full-precision x [m, k], W [n, k]."""
-    bm = 16 if m <= 16 else 32 if m <= 32 else 64 if m <= 64 else 128
-    bn = 64 if bm <= 64 else 128
+    if m <= 8:
+        bm, bn, warps, stages = 8, 64, 4, 3
+    elif m <= 16:
+        bm, bn, warps, stages = 16, 64, 2, 3
+    elif m <= 32:
+        bm, bn, warps, stages = 32, 64, 2, 3
+    elif m <= 64:
+        bm, bn, warps, stages = 64, 64, 4, 3
+    else:
+        bm, bn, warps, stages = 128, 128, 8, 3
     tiles = -(-m // bm) * -(-n // bn)
-    splits = max(1, min(PROGRAMS // tiles, k // 512)) if m <= 64 else 1
-    return Tile(bm, bn, splits, warps=4 if bm < 128 else 8, stages=4)
+    splits = max(1, min(round(PROGRAMS / tiles), k // 512)) if m <= 64 else 1
+    return Tile(bm, bn, splits, warps, stages)
 
 
 def pick_fp8(m: int, n: int, k: int) -> Tile:
