@@ -28,9 +28,9 @@ from morph_runtime.engine.runner import Launched, StepRunner
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
-from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
@@ -56,13 +56,13 @@ class EngineParts:
     cache: KVCache
     pool: BlockPool
     scheduler: Scheduler
-    decoder: Decoder
     swapper: LayerSwapper
     resizer: KVResizer
     shifter: LevelShifter
     controller: Controller
     intake: Intake
     runner: StepRunner
+    order: DeviceOrder
 
 
 @dataclass(frozen=True)
