@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernels.cuda.oracle import attention, paged
 
+from kernels.cuda.oracle import attention, paged
 from morph_runtime.kernels.cuda.attention_prefill import prefill, prefill_tiles, tile_tokens
 
 # The interpreter multiplies matrices of bfloat16 as if they were integers; tests/gpu has that type.
