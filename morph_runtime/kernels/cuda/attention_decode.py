@@ -40,7 +40,7 @@ def decode_tile(head_dim: int, element_bytes: int) -> DecodeTile:
     """The tile for a head of `head_dim` cached values of `element_bytes` bytes each."""
     row_bytes = power_of_two(head_dim) * element_bytes
     if row_bytes <= 256:
-        return DecodeTile(64, 4, 3)
+        return DecodeTile(64, 4, 2)
     if row_bytes <= 512:
         return DecodeTile(32, 4, 3)
     return DecodeTile(16, 4, 2)
