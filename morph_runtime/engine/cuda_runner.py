@@ -18,7 +18,7 @@ from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
-from morph_runtime.kernels.cuda.sample import TokenChooser
+from morph_runtime.kernels.cuda.sample import sample
 from morph_runtime.kernels.rung import Rung
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.models.cuda_decoder import CudaDecoder, StepTensors
@@ -64,7 +64,6 @@ class CudaRunner(StepRunner):
         inputs: StepInputs,
         swapper: LayerSwapper,
         sampler: Sampler,
-        chooser: TokenChooser,
         graphs: GraphSet | None,
         hidden: Tensor,
     ) -> None:
@@ -76,12 +75,11 @@ class CudaRunner(StepRunner):
             inputs: static buffers of a step.
             swapper: knows the layers of the next step.
             sampler: for rows that ask for more than a plain draw.
-            chooser: draws on the device.
             graphs: empty, to be filled by `capture`; None: nothing is captured.
             hidden: [max tokens of a step, hidden]: the residual stream, static.
         """
         self._decoder, self._attention, self._inputs = decoder, attention, inputs
-        self._swapper, self._sampler, self._chooser = swapper, sampler, chooser
+        self._swapper, self._sampler = swapper, sampler
         self._graphs, self._hidden = graphs, hidden
         self._sampled = torch.zeros(inputs.tensors["seeds"].shape[0], dtype=torch.int64, device=hidden.device)
         self._results = [torch.zeros(len(self._sampled), dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
@@ -173,7 +171,7 @@ class CudaRunner(StepRunner):
     def _choose(self, logits: Tensor) -> None:
         """Draw a token per row into the buffer that the next step reads; logits [R, vocab]."""
         tensors, rows = self._inputs.tensors, logits.shape[0]
-        self._chooser.choose(
+        sample(
             logits, tensors["temperatures"][:rows], tensors["seeds"][:rows], tensors["draws"][:rows],
             self._sampled[:rows],
         )  # fmt: skip

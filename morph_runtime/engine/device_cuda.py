@@ -22,7 +22,6 @@ from morph_runtime.engine.environment import cpu_threads
 from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import StepRunner
 from morph_runtime.errors import ConfigError
-from morph_runtime.kernels.cuda.sample import TokenChooser
 from morph_runtime.kv import KVLayout
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.cuda import CudaPageArena
@@ -142,7 +141,6 @@ class CudaDevice(EngineDevice):
             inputs,
             parts.swapper,
             Sampler(spec.eos_ids, self._device, cpu_threads(config)),
-            TokenChooser(sequences, spec.vocab, self._device),
             graphs,
             torch.zeros(tokens, spec.hidden, dtype=parts.model.slots.dtype, device=self._device),
         )
