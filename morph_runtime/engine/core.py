@@ -228,9 +228,9 @@ class Engine:
             for request, detail in intake.failures(flight.sampling):
                 intake.cancel(request.key)
                 news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
-        levels, scores = [flight.level], sampled.logprobs
+        levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
         for row, (request, token) in enumerate(zip(flight.sampling, sampled.tokens, strict=True)):
-            if request.state is RequestState.RUNNING:  # else it has ended since the launch
+            if request.state is running:  # else it has ended since the launch
                 news.tokens.append(TokenDelta(request.key, [token], levels, [scores[row]] if row in scores else []))
         for request, reason in scheduler.resolve(flight.plan, sampled.tokens, flight.level):
             self._statistics.finished(request, now)
