@@ -9,11 +9,13 @@ grow.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from morph_runtime.kernels.cuda.jit import kernel, kernel_with_varying, power_of_two
 from morph_runtime.kernels.cuda.layout import check_cache
@@ -34,6 +36,12 @@ class DecodeTile(NamedTuple):
     warps: int
     stages: int
     """Iterations whose loads are in flight."""
+
+
+@cache
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel's launch can overlap with the one before it (programmatic dependent launch: Hopper and later)."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def decode_tile(head_dim: int, element_bytes: int) -> DecodeTile:
@@ -106,7 +114,10 @@ def _decode(
     SPLITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     PICKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        gdc_launch_dependents()  # `_join` may take its place on the processors; it waits for the end of this kernel
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     number = tl.program_id(2)
@@ -180,6 +191,7 @@ def _join(
     SPLITS: tl.constexpr,
     WINDOWED: tl.constexpr,
     PICKED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
     head = tl.program_id(0)
     number = tl.program_id(1)
@@ -195,6 +207,8 @@ def _join(
     written = start + split * part < context
     rows = tl.num_programs(1).to(tl.int64) * HEADS * SPLITS
     line = (number.to(tl.int64) * HEADS + head) * SPLITS + split
+    if OVERLAP:
+        gdc_wait()
     logs = tl.load(workspace + rows * DIM + line, mask=written, other=float("-inf"))
     best = tl.max(logs, 0)
     weight = tl.exp2(logs - tl.where(context > 0, best, 0.0))
@@ -256,6 +270,7 @@ def decode(
     tile = decode_tile(head_dim, k_cache.element_size())
     columns = max(power_of_two(head_dim), 16)
     group = heads // kv_heads
+    overlap = splits > 1 and q.is_cuda and can_overlap(q.device)
     _decode[(kv_heads, splits, count)](
         q,
         k_cache,
@@ -282,6 +297,7 @@ def decode(
         splits,
         window > 0,
         picks is not None,
+        overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -299,7 +315,9 @@ def decode(
             splits,
             window > 0,
             picks is not None,
+            overlap,
             num_warps=2 if splits * columns <= 2048 else 4,
+            **({"launch_pdl": True} if overlap else {}),
         )
 
 
