@@ -25,7 +25,7 @@ def _store_fp8(
     """Quantize a row held in float32, 0 beyond its width."""
     largest = tl.max(tl.abs(x), 0)
     scale = tl.where(largest > 0.0, largest / 448.0, 1.0)
-    quantized = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    quantized = tl.minimum(tl.maximum(x * (1.0 / scale), -448.0), 448.0)
     tl.store(values + row * width + columns, quantized.to(values.dtype.element_ty), mask=columns < width)
     tl.store(scales + row, scale)
 
@@ -102,8 +102,8 @@ def _quantize_rows(
 
 
 def _warps(block: int) -> int:
-    """Warps of a program that holds a row: 16 values a thread, 4 to 16 warps."""
-    return min(max(block // 512, 4), 16)
+    """Warps of a program that holds a row: 16 values a thread, 4 to 32 warps."""
+    return min(max(block // 512, 4), 32)
 
 
 def _check_rows(name: str, x: Tensor) -> tuple[int, int]:
