@@ -107,7 +107,7 @@ class StepAttention:
         numbers += [number for pair in tiles for number in pair]
         host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self._device.type == "cuda")
         sizes = [count * width, count + 1, count, 2 * len(picks), 2 * len(tiles)]
-        tables, starts, contexts, picked, tiled = host.to(self._device, non_blocking=True).split(sizes)
+        tables, starts, contexts, picked, tiled = host.to(self._device, non_blocking=True).split_with_sizes(sizes)
         return StepPlan(
             tables.view(count, width),
             starts,
