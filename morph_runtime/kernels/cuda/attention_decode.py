@@ -9,15 +9,13 @@ grow.
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from morph_runtime.kernels.cuda.jit import kernel, kernel_with_varying, power_of_two
+from morph_runtime.kernels.cuda.jit import follow, kernel, kernel_with_varying, overlap_options, overlaps, power_of_two
 from morph_runtime.kernels.cuda.layout import check_cache
 
 LOG2_E = math.log2(math.e)
@@ -42,12 +40,6 @@ class DecodeTile(NamedTuple):
     warps: int
     stages: int
     """Iterations whose loads are in flight."""
-
-
-@cache
-def can_overlap(device: torch.device) -> bool:
-    """Whether a launch can overlap with the kernel before it (programmatic dependent launch: Hopper and later)."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def decode_tile(head_dim: int, element_bytes: int, programs: int) -> DecodeTile:
@@ -128,7 +120,7 @@ def _decode(
     OVERLAP: tl.constexpr,
 ) -> None:
     if OVERLAP:
-        gdc_launch_dependents()  # `_join` may take its place on the processors; it waits for the end of this kernel
+        follow()
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     number = tl.program_id(2)
@@ -204,6 +196,8 @@ def _join(
     PICKED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        follow()
     head = tl.program_id(0)
     number = tl.program_id(1)
     sequence = number
@@ -218,8 +212,6 @@ def _join(
     written = start + split * part < context
     rows = tl.num_programs(1).to(tl.int64) * HEADS * SPLITS
     line = (number.to(tl.int64) * HEADS + head) * SPLITS + split
-    if OVERLAP:
-        gdc_wait()
     logs = tl.load(workspace + rows * DIM + line, mask=written, other=float("-inf"))
     best = tl.max(logs, 0)
     weight = tl.exp2(logs - tl.where(context > 0, best, 0.0))
@@ -281,7 +273,7 @@ def decode(
     tile = decode_tile(head_dim, k_cache.element_size(), count * kv_heads)
     columns = max(power_of_two(head_dim), 16)
     group = heads // kv_heads
-    overlap = splits > 1 and q.is_cuda and can_overlap(q.device)
+    overlap = overlaps(q.device)
     _decode[(kv_heads, splits, count)](
         q,
         k_cache,
@@ -311,6 +303,7 @@ def decode(
         overlap,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        **overlap_options(overlap),
     )
     if splits > 1:
         _join[(heads, count)](
@@ -328,7 +321,7 @@ def decode(
             picks is not None,
             overlap,
             num_warps=2 if splits * columns <= 2048 else 4,
-            **({"launch_pdl": True} if overlap else {}),
+            **overlap_options(overlap),
         )
 
 
