@@ -20,6 +20,8 @@ class Tile:
     """Depth of the software pipeline."""
     bk: int = 128
     """Step along K; W4's is always one group."""
+    wide: bool = False
+    """FP8 weights beside full-precision rows: read the codes in wide loads."""
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
         """Programs for x [m, K] and W [n, K]."""
