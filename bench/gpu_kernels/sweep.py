@@ -22,25 +22,35 @@ from morph_runtime.kernels.cuda.rows import Fp8Linear
 from morph_runtime.kernels.cuda.tiles import Tile
 from morph_runtime.kernels.linear import LinearShape
 
-FORMS = {  # (bn, warps, stages) by rows of x per tile
-    8: [(bn, w, s) for bn, w in ((64, 2), (64, 4), (128, 4)) for s in (3, 5)],
-    16: [(bn, w, s) for bn, w in ((64, 2), (64, 4), (128, 4), (128, 8)) for s in (3, 4, 6)],
-    32: [(bn, w, s) for bn, w in ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 4, 6)],
-    64: [(bn, w, s) for bn, w in ((64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 4)],
-    128: [(bn, w, s) for bn, w in ((64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 4)],
-    256: [(bn, w, s) for bn, w in ((64, 4), (64, 8), (128, 8)) for s in (2, 3, 4)],
+WARPS = {  # (bn, warps) by rows of x per tile
+    8: [(32, 2), (64, 2), (64, 4), (128, 4), (128, 8)],
+    16: [(32, 2), (64, 2), (64, 4), (128, 4), (128, 8)],
+    32: [(64, 2), (64, 4), (128, 4), (128, 8), (256, 8)],
+    64: [(64, 4), (128, 4), (128, 8), (256, 8)],
+    128: [(64, 4), (128, 4), (128, 8), (256, 8)],
+    256: [(64, 4), (64, 8), (128, 8)],
 }
-HEIGHTS = {1: (8, 16), 16: (16,), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (128, 256), 512: (128, 256)}
+HEIGHTS = {1: (8, 16), 8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (128, 256)}
 """Rows of x -> candidates for the rows per tile."""
+
+
+def modes(kind: str, bm: int, bn: int, warps: int) -> list[str]:
+    """W4's ways through a group that are worth a try."""
+    if kind != "int4":
+        return [""]
+    if bm < 16 or warps < 4:
+        return ["warp"]
+    return ["fresh", ""] if bm >= 128 else ["fresh"]
 
 
 def forms(kind: str, m: int) -> Iterator[Tile]:
     for bm in HEIGHTS[m]:
-        for bn, warps, stages in FORMS[bm]:
+        for bn, warps in WARPS[bm]:
             x_bytes, w_bytes = (1 if kind == "fp8x8" else 2), (0.5 if kind == "int4" else 1)
-            for wide in (False, True) if kind == "fp8" and bm <= 32 and warps >= 4 else (False,):
-                if stages * 128 * (bm * x_bytes + bn * w_bytes) <= 220_000 and (kind != "fp8x8" or warps >= 4):
-                    yield Tile(bm, bn, 1, warps, stages, 128, wide)
+            for stages in (3, 4, 6):
+                for mode in modes(kind, bm, bn, warps):
+                    if stages * 128 * (bm * x_bytes + bn * w_bytes) <= 220_000 and (kind == "int4" or warps >= 4):
+                        yield Tile(bm, bn, 1, warps, stages, 128, mode, kind == "fp8" and 16 <= bm <= 32)
 
 
 def candidates(kind: str, m: int, n: int, k: int) -> Iterator[Tile]:
@@ -94,7 +104,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=14)
     options = parser.parse_args()
     kinds, rows = options.kinds.split(","), [int(m) for m in options.rows.split(",")]
-    wanted = [(kind, m) for kind in kinds for m in rows if kind != "fp8x8" or m >= 16]
+    wanted = [(kind, m) for kind in kinds for m in rows]
     jobs = list({(kind, form.bm, form): None for kind, m in wanted for form in forms(kind, m)})
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:

@@ -100,7 +100,7 @@ class TritonInt4Linear(GroupedInt4Kernel):
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         int4_product[tile.grid(m, n)](
             x, w["codes"], w["both"], y, partial, w["locks"], m, n, k, tile.splits,
-            tile.bm, tile.bn, split, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
+            tile.bm, tile.bn, split, tile.mode, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
 

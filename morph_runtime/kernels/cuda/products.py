@@ -229,13 +229,19 @@ def int4_product(
     bm: tl.constexpr,
     bn: tl.constexpr,
     split_k: tl.constexpr,
+    mode: tl.constexpr,
     packed_math: tl.constexpr,
 ) -> None:
-    """y [m, n] = x [m, k] w^T; w as `packing.pack_int4` writes it: codes uint8, both int32."""
+    """y [m, n] = x [m, k] w^T; w as `packing.pack_int4` writes it: codes uint8, both int32.
+
+    mode "fresh": each group is summed on its own and then added, since ptxas serializes products that carry their sum
+    along. "warp": for tiles so small that the compiler takes the older tensor core instruction, whose lanes hold
+    columns 8q .. 8q + 7 of every 32: codes stay where they are and x is read in their order.
+    """
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = tile_n * bn + tl.arange(0, bn)
     offs_m = tile_m * bm + tl.arange(0, bm)
-    offs_k = tl.arange(0, 128)
+    offs_k = tl.arange(0, 64 if mode == "fresh" else 128)
     groups = k // 128
     first, last = split * groups // splits, (split + 1) * groups // splits
     stored = tl.minimum(offs_n, (n + 63) // 64 * 64 - 1)
@@ -245,10 +251,22 @@ def int4_product(
     x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + first * 128 + offs_k[None, :]
     acc = tl.zeros((bn, bm), tl.float32)
     for _ in range(first, last):
-        packed = from_lanes(tl.load(code_ptrs), bn, 64)
+        packed = tl.load(code_ptrs)
+        if mode == "warp":
+            packed = packed.reshape(bn, 4, 2, 8).permute(0, 2, 1, 3).reshape(bn, 64)
+        else:
+            packed = from_lanes(packed, bn, 64)
         low, high = widen_int4(packed, tl.load(both_ptrs), packed_math)
-        wide = tl.join(low, high).permute(0, 2, 1).reshape(bn, 128)
-        acc = add_product(wide, tl.load(x_ptrs), acc, packed_math)
+        if mode == "fresh":
+            part = tl.zeros((bn, bm), tl.float32)
+            part = add_product(low, tl.load(x_ptrs), part, packed_math)
+            acc += add_product(high, tl.load(x_ptrs + 64), part, packed_math)
+        else:
+            rows = tl.load(x_ptrs)
+            if mode == "warp":
+                rows = rows.reshape(bm, 4, 2, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(bm, 128)
+            wide = tl.join(low, high).permute(0, 2, 1).reshape(bn, 128)
+            acc = add_product(wide, rows, acc, packed_math)
         code_ptrs += 4096
         both_ptrs += n
         x_ptrs += 128
