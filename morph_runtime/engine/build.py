@@ -73,7 +73,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     bound = replace(ledger, total_extents=ledger.budget_bytes // ledger.extent_bytes)  # as if all were arena
     cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv)
     cache.grow(1)
-    runner = device.runner(RunnerParts(config, model, static.bind(static_slot), cache, swapper, max_model_len))
+    runner = device.runner(RunnerParts(config, model, arena, static.bind(static_slot), cache, swapper, max_model_len))
 
     ledger = device.fit(ledger, arena)
     capacities = tuple(ledger.kv_blocks_at_level(level) for level in range(plan.max_level + 1))

@@ -25,6 +25,7 @@ class RunnerParts:
 
     config: EngineConfig
     model: OpenModel
+    arena: PageArena
     static: StaticTensors
     cache: KVCache
     swapper: LayerSwapper

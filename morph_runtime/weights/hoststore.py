@@ -59,7 +59,7 @@ class PinnedStore:
 
 
 def _whole_pages(nbytes: int) -> Tensor:
-    """Uninitialised bytes, uint8 [nbytes rounded up], that share no page with anything else: pages are what is pinned."""
+    """Uninitialised bytes, uint8 [nbytes rounded up], that share no page with others: pages are what is pinned."""
     size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     room = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
     first = -room.data_ptr() % mmap.PAGESIZE
