@@ -28,9 +28,9 @@ from morph_runtime.engine.runner import Launched, StepRunner
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
-from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
@@ -56,13 +56,13 @@ class EngineParts:
     cache: KVCache
     pool: BlockPool
     scheduler: Scheduler
-    decoder: Decoder
     swapper: LayerSwapper
     resizer: KVResizer
     shifter: LevelShifter
     controller: Controller
     intake: Intake
     runner: StepRunner
+    order: DeviceOrder
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,7 @@ class Engine:
             IntegrityError: they do not.
         """
         self._parts.arena.check_integrity()
+        self._parts.swapper.check_integrity()
         self._parts.pool.check_integrity()
         self._parts.scheduler.check_integrity()
         self._parts.intake.check_integrity()
@@ -294,7 +295,7 @@ class Engine:
         parts = self._parts
         counters = parts.shifter.counters
         by_range = parts.arena.resident_bytes()
-        weights = sum(n for name, n in by_range.items() if name.startswith("layer"))
+        weights = sum(n for name, n in by_range.items() if name.startswith("weights."))
         static = by_range.get("static", 0)
         return EngineStats(
             at_s=time.monotonic(),

@@ -125,7 +125,7 @@ def weights_of(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
 
 def record(engine: Engine, log: list[Ran | Moved]) -> None:
     """Write down every slice that the engine runs, with the rungs in force and the logits it gave."""
-    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.decoder, engine.parts.swapper
+    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.runner.decoder, engine.parts.swapper
     schedule, forward = scheduler.schedule, decoder.forward
     copy_blocks = engine.parts.cache.copy_blocks
     plans: list[StepPlan] = []
