@@ -148,6 +148,7 @@ class CudaDevice(EngineDevice):
         for rung in rungs:
             with parts.swapper.borrow(0, rung) as layer:
                 runner.warm_up(layer)
+                torch.cuda.synchronize(self._device)  # the slot is given back
         assert isinstance(parts.arena, CudaPageArena)
         with parts.arena.backed():
             runner.capture(self._stream, parts.swapper.bind, rungs)
