@@ -91,7 +91,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
             resizer=resizer,
             shifter=LevelShifter(plan, swapper, resizer, wake),
             controller=Controller(config.morph, plan.max_level),
-            intake=Intake(scheduler, grammars),
+            intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
             sampler=Sampler(spec.eos_ids, torch.device(config.device), threads),
         )
     )

@@ -82,7 +82,8 @@ class Engine:
                 sampling=message.sampling,
                 priority=message.priority,
                 arrival_s=message.arrival_s,
-            )
+            ),
+            message.after,
         )
 
     def cancel(self, key: int) -> None:
@@ -116,7 +117,7 @@ class Engine:
     def has_requests(self) -> bool:
         """Whether any request is running or waiting."""
         scheduler = self._parts.scheduler
-        return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_compiling > 0
+        return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_held > 0
 
     @property
     def statistics(self) -> LoadStatistics:
@@ -163,7 +164,7 @@ class Engine:
             started_cached=[r.cached_tokens for r in plan.started],
             tokens=tokens,
             finished=finished,
-            waiting=scheduler.num_waiting + intake.num_compiling,
+            waiting=scheduler.num_waiting + intake.num_held,
             running=scheduler.num_running,
         )
 

@@ -29,7 +29,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Valid by construction only when made by `morph_runtime.text.parameters`; the engine trusts it.
     `stop`, `include_stop_str_in_output`, `skip_special_tokens` and `bad_words` act on text and stay in the
-    serving process, which adds `bad_word_ids`: the token sequences that the engine must not complete.
+    serving process, which adds `bad_word_ids`: the token sequences that the engine must not complete. So does
+    `n`: the serving process makes that many requests of one.
     `score` asks for the log probability of each chosen token even without `logprobs`.
     """
 
@@ -54,6 +55,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None
     score: bool = False
     structured_outputs: StructuredOutputs | None = None
+    n: int = 1
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -63,7 +65,12 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request. `key` is unique for the life of the serving process; `priority` 0 is the highest."""
+    """A new request. `key` is unique for the life of the serving process; `priority` 0 is the highest.
+
+    `after` is the key of a request with the same prompt that was submitted earlier. With the prefix cache on, this
+    one does not start before the prompt of that one is in the cache, so that it is computed once; 0, or a request
+    that has ended, holds nothing back.
+    """
 
     key: int
     prompt: list[int]
@@ -71,6 +78,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     priority: int = 0
     arrival_s: float = 0.0
     slo_class: str = ""
+    after: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

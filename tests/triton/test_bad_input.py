@@ -44,7 +44,7 @@ def ask(server: TritonServer, body: dict[str, Any]) -> str:
         ({"text_input": "a", "temperature": "nan"}, "temperature: must be a finite number, but is 'nan'."),
         ({"text_input": "a", "max_tokens": "ten"}, "max_tokens: must be a whole number between 1 and 512"),
         ({"text_input": "a", "tempratur": 1}, "tempratur: unknown sampling parameter"),
-        ({"text_input": "a", "n": 2}, "n: not supported yet: only its default, 1, is served."),
+        ({"text_input": "a", "n": 9}, "n: must be between 1 and 8, but is 9."),
         ({"text_input": "a", "logprobs": 21}, "logprobs: must be between 0 and 20"),
         ({"text_input": "a", "prompt_logprobs": 1}, "prompt_logprobs: not supported yet"),
         ({"text_input": "a", "repetition_penalty": 0}, "repetition_penalty: must be above 0"),

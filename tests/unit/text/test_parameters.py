@@ -17,6 +17,7 @@ LIMITS = ParameterLimits(
     max_stop_chars=5,
     max_bad_words=2,
     max_token_ids=4,
+    max_outputs=8,
     vocab_size=50,
     max_json_bytes=4096,
 )
@@ -63,6 +64,7 @@ def test_numbers_may_be_strings() -> None:
         ({"stop_token_ids": "[1, 2]"}, "stop_token_ids", (1, 2)),
         ({"bad_words": ["a", "b"]}, "bad_words", ("a", "b")),
         ({"bad_words": "a"}, "bad_words", ("a",)),
+        ({"n": "3"}, "n", 3),
         ({"logprobs": "0"}, "logprobs", 0),
         ({"logprobs": 20}, "logprobs", 20),
     ],
@@ -89,7 +91,9 @@ def test_keys_that_vllm_knows_pass_at_their_default(source: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "source, field, said",
     [
-        ({"n": 2}, "n", "only its default, 1,"),
+        ({"n": 9}, "n", "between 1 and 8"),
+        ({"n": 0}, "n", "between 1 and 8"),
+        ({"n": 2, "temperature": 0}, "n", "must be 1 with greedy sampling"),
         ({"best_of": 3}, "best_of", "not supported"),
         ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported yet"),
         ({"detokenize": False}, "detokenize", "not supported"),
