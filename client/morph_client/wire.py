@@ -15,7 +15,7 @@ import numpy as np
 from tritonclient.grpc import InferInput, service_pb2
 
 from morph_client.errors import InvalidRequest, ServerError
-from morph_client.types import Chunk, RungShare, SamplingParams, TokenLogprob
+from morph_client.types import Chunk, OutputChunk, RungShare, SamplingParams, TokenLogprob
 
 # Asks Triton for a gRPC status with each error of a stream. Errors found before a request is queued
 # (an unknown model, say) still come as plain words inside the stream, so both are handled.
@@ -23,7 +23,7 @@ STATUS_HEADER = ("triton_grpc_error", "true")
 
 _LARGEST_MESSAGE = 2**31 - 1
 _ALWAYS_ASKED = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
-_DETAILS = ("return_morph_level", "return_rung_share")
+_DETAILS = ("return_morph_level", "return_rung_share", "return_num_cached_tokens")
 _SCORES = ("return_logprobs",)
 
 
@@ -132,19 +132,13 @@ def decode(message: Any, arrival_s: float) -> Chunk | None:
         return None
     try:
         found = {tensor.name: _values(message, i) for i, tensor in enumerate(message.outputs)}
-        text = b"".join(found["text_output"]).decode(errors="replace")
-        reason = _first(found.get("finish_reason"), b"None").decode()
-        share = _first(found.get("rung_share"), b"")
-        levels = tuple(found.get("morph_level", ()))
+        first, *more = _outputs(found)
         return Chunk(
-            text=text,
-            tokens=int(_first(found.get("num_output_tokens"), len(levels))),
-            levels=levels,
-            rung_share=_rung_share(share) if share else None,
-            finish_reason=None if reason in ("None", "") else reason,
+            **vars(first),
             num_input_tokens=_first(found.get("num_input_tokens"), None),
             arrival_s=arrival_s,
-            logprobs=_logprobs(_first(found.get("logprobs"), b"null")),
+            num_cached_tokens=_first(found.get("num_cached_tokens"), None),
+            more=tuple(more),
         )
     except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise ServerError(f"the server's response does not follow the wire contract ({error!r})") from None
@@ -162,7 +156,7 @@ class ResponseReader:
         chunk = decode(response, time.monotonic() - self._sent)
         parameters = response.parameters
         final = "triton_final_response" in parameters and parameters["triton_final_response"].bool_param
-        if final or (chunk is not None and chunk.finish_reason is not None):
+        if final or (chunk is not None and all(output.finish_reason for output in chunk.outputs)):
             self._complete = True
         return chunk
 
@@ -170,6 +164,31 @@ class ResponseReader:
         """Call at the end of the stream. Raises :class:`ServerError` if the last response never came."""
         if not self._complete:
             raise ServerError("the stream ended before its last response: the text may be cut off")
+
+
+def _outputs(found: dict[str, Sequence[Any]]) -> list[OutputChunk]:
+    """The outputs of a response, from its tensors: one entry each, but for the levels, which stand in a row."""
+    texts = found["text_output"]
+    nothing = [None] * len(texts)
+    levels = tuple(found.get("morph_level", ()))
+    counts = [int(count) for count in found.get("num_output_tokens", ())] or [len(levels)]
+    reasons = [(reason or b"").decode() for reason in found.get("finish_reason", nothing)]
+    outputs, at = [], 0
+    for text, count, reason, share, scores in zip(
+        texts, counts, reasons, found.get("rung_share", nothing), found.get("logprobs", nothing), strict=True
+    ):
+        outputs.append(
+            OutputChunk(
+                text=text.decode(errors="replace"),
+                tokens=count,
+                levels=levels[at : at + count],
+                rung_share=_rung_share(share) if share else None,
+                finish_reason=None if reason in ("None", "") else reason,
+                logprobs=_logprobs(scores or b"null"),
+            )
+        )
+        at += count
+    return outputs
 
 
 def _values(message: Any, index: int) -> Sequence[Any]:

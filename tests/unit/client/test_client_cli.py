@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_fakes import FakeTriton
+from client_fakes import CACHED_TOKENS, FakeTriton
 
 from morph_client.cli import serve
 
@@ -55,6 +55,14 @@ def test_generate_sends_its_options(morph: Morph, triton: FakeTriton) -> None:
 def test_generate_can_print_json(morph: Morph, triton: FakeTriton) -> None:
     answer = json.loads(morph("generate", "x", "--url", triton.url, "--max-tokens", 2, "--json").stdout)
     assert answer["text"] == "w0 w1 " and answer["levels"] == [0, 0] and answer["rung_share"]["full"] == 1
+
+
+def test_generate_prints_each_of_n_outputs(morph: Morph, triton: FakeTriton) -> None:
+    result = morph("generate", "x", "--url", triton.url, "--max-tokens", 2, "-n", 2)
+    assert result.stdout == "--- 1 of 2 (length)\nw0 w1 \n--- 2 of 2 (length)\n1:w0 1:w1 \n"
+    answer = json.loads(morph("generate", "x", "--url", triton.url, "--max-tokens", 2, "-n", 3, "--json").stdout)
+    assert [output["text"] for output in (answer, *answer["more"])] == ["w0 w1 ", "1:w0 1:w1 ", "2:w0 2:w1 "]
+    assert answer["num_cached_tokens"] == CACHED_TOKENS and answer["num_output_tokens"] == 2
 
 
 @pytest.mark.parametrize(("prompt", "status"), [("refuse", 2), ("full", 1), ("dropped", 130), ("cut", 1)])
