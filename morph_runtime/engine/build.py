@@ -12,6 +12,7 @@ from morph_runtime.engine.core import Engine, EngineParts
 from morph_runtime.engine.environment import PRIMITIVE_CACHE_BYTES, cpu_threads, engine_variables
 from morph_runtime.engine.intake import Intake
 from morph_runtime.engine.opening import open_checkpoint, open_pack
+from morph_runtime.engine.runner import CpuRunner
 from morph_runtime.errors import ConfigError
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
 from morph_runtime.memory.cpu import CpuPageArena
@@ -92,7 +93,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
             shifter=LevelShifter(plan, swapper, resizer, wake),
             controller=Controller(config.morph, plan.max_level),
             intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
-            sampler=Sampler(spec.eos_ids, torch.device(config.device), threads),
+            runner=CpuRunner(decoder, swapper, Sampler(spec.eos_ids, torch.device(config.device), threads)),
         )
     )
 

@@ -64,16 +64,17 @@ class Intake:
         self._rows.pop(key, None)
         return self._scheduler.cancel(key)
 
-    def row(self, request: Request) -> SamplingRow:
-        """The sampling state of a request that is in the scheduler."""
-        return self._rows[request.key]
+    def rows(self, requests: Iterable[Request]) -> list[SamplingRow]:
+        """The sampling state of requests that are in the scheduler."""
+        rows = self._rows
+        return [rows[request.key] for request in requests]
 
     def failures(self, requests: Iterable[Request]) -> list[tuple[Request, str]]:
-        """Those whose grammar can go no further, each with a sentence for its client."""
+        """Those whose grammar can go no further, each with a sentence for its client. Ended requests have none."""
         failed = []
         for request in requests:
-            matcher = self._rows[request.key].matcher
-            if matcher is not None and (detail := matcher.error):
+            row = self._rows.get(request.key)
+            if row is not None and row.matcher is not None and (detail := row.matcher.error):
                 failed.append((request, detail))
         return failed
 
@@ -101,9 +102,12 @@ class Intake:
         self._grammars.close()
 
     def _is_computed(self, key: int) -> bool:
-        """Whether a request's prompt was computed and recorded, which its first token shows; or it has ended."""
+        """Whether a request's prompt was computed and recorded, as it is once its first token is known; or its end."""
         row = self._rows.get(key)
-        return key not in self._held if row is None else row.output_len > 0
+        if row is None:
+            return key not in self._held
+        tokens, first = row.sequence.tokens, row.sequence.prompt_len
+        return len(tokens) > first and tokens[first] >= 0
 
     def _enter(self, held: Held) -> None:
         """Hand a request to the scheduler. Raises RequestError if its grammar was refused."""

@@ -47,6 +47,7 @@ class LevelShifter:
         self._resizer = resizer
         self._wake = wake
         self._clock = clock
+        self._before_change: Callable[[], None] = lambda: None
         self._job: Future[None] | None = None
         self._direction = 0
         self._began_s = 0.0
@@ -55,6 +56,13 @@ class LevelShifter:
         self.level = 0
         self.target = 0
         self.counters = ShiftCounters()
+
+    def before_change(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called before KV blocks move or pages that a step may read are given away.
+
+        It returns when no step runs.
+        """
+        self._before_change = callback
 
     @property
     def busy(self) -> bool:
@@ -86,6 +94,7 @@ class LevelShifter:
         change = self._plan.transition(self.level, self._direction)
         self._began_s = self._clock()
         if not change.is_down:
+            self._before_change()
             try:
                 extents = self._swapper.slot_extents
                 self._resizer.make_room(extents(change.target), extents(change.source))
@@ -122,6 +131,7 @@ class LevelShifter:
 
     def _commit(self) -> None:
         self._job = None
+        self._before_change()
         try:
             change = self._swapper.commit()
         except (ConfigError, OSError) as reason:

@@ -31,9 +31,10 @@ class SamplingRow:
         penalties: counts for the penalties; None without any.
         matcher: the grammar that the output follows; None without one.
         plain: none of these but `draws`.
+        needs_values: choosing the next token takes the values of those before it, not only their number.
     """
 
-    __slots__ = ("adjusts", "draws", "matcher", "params", "penalties", "plain", "scored", "sequence")
+    __slots__ = ("adjusts", "draws", "matcher", "needs_values", "params", "penalties", "plain", "scored", "sequence")
 
     def __init__(self, params: SamplingParams, sequence: TokenSequence, matcher: GrammarMatcher | None = None) -> None:
         self.params = params
@@ -44,10 +45,12 @@ class SamplingRow:
         self.scored = params.logprobs is not None or params.score
         self.adjusts = bool(params.min_tokens or params.bad_word_ids or params.logit_bias or self.penalties)
         self.plain = not (self.adjusts or self.scored or matcher is not None)
+        long_words = any(len(word) > 1 for word in params.bad_word_ids)
+        self.needs_values = long_words or self.penalties is not None or matcher is not None
 
     @property
     def output_len(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, those included whose values are not known yet."""
         return len(self.sequence.tokens) - self.sequence.prompt_len
 
 

@@ -61,10 +61,10 @@ def engines() -> Iterator[EngineFactory]:
         engine.close()
 
 
-def submit(engine: Engine, key: int, prompt: list[int], max_tokens: int, **params: Any) -> None:
+def submit(engine: Engine, key: int, prompt: list[int], max_tokens: int, priority: int = 0, **params: Any) -> None:
     """A greedy request that runs to its token limit unless told otherwise."""
     sampling = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **params})
-    engine.submit(Submit(key=key, prompt=prompt, sampling=sampling, arrival_s=float(key)))
+    engine.submit(Submit(key=key, prompt=prompt, sampling=sampling, priority=priority, arrival_s=float(key)))
 
 
 def run_all(engine: Engine, between: Callable[[int], None] | None = None) -> dict[int, list[int]]:
