@@ -33,6 +33,10 @@ def submissions(request: OpenRequest, sampling: SamplingParams) -> Iterator[Subm
 
 
 def sampling_of(sampling: SamplingParams, output: int) -> SamplingParams:
-    """The parameters of one output: output i draws with the seed + i, as in vLLM, so the first keeps the seed."""
+    """The parameters of one output: output i draws with the seed + i, as in vLLM, so the first keeps the seed.
+
+    The first alone scores the prompt.
+    """
     seed = None if sampling.seed is None else (sampling.seed + output) % SEED_RANGE
-    return msgspec.structs.replace(sampling, n=1, seed=seed)
+    scored = sampling.prompt_logprobs if output == 0 else None
+    return msgspec.structs.replace(sampling, n=1, seed=seed, prompt_logprobs=scored)

@@ -71,6 +71,10 @@ class OpenRequest:
     submitted: bool = False
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache held; set by the reader thread ahead of the first token."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of all tokens of the prompt but the first, if asked for; set by the reader thread ahead of the first token."""
+    responded: bool = False
+    """Whether a response has been sent."""
     closing: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
     """Whether the request has been counted and forgotten; guarded by `closing`."""

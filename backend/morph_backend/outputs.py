@@ -44,11 +44,13 @@ class ResponseContent:
         outputs: all outputs of the request, in order, with or without news.
         num_input_tokens: tokens of the prompt.
         num_cached_tokens: those of them that the prefix cache held.
+        prompt_logprobs: of each token of the prompt but the first; None if they are not asked for, or were told.
     """
 
     outputs: Sequence[OutputNews]
     num_input_tokens: int
     num_cached_tokens: int = 0
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
 
 def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[int], str]) -> list[Any]:
@@ -68,6 +70,9 @@ def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[i
         tensors.append(_numbers("num_output_tokens", [len(o.levels) for o in outputs], np.uint32))
     if wants.num_cached_tokens:
         tensors.append(_numbers("num_cached_tokens", [content.num_cached_tokens], np.uint32))
+    if wants.prompt_logprobs:
+        told = logprob_dicts(content.prompt_logprobs, spelling)
+        tensors.append(_strings("prompt_logprobs", [json.dumps(told if told is None else [None, *told])]))
     if wants.morph_level:
         tensors.append(_numbers("morph_level", [level for o in outputs for level in o.levels], np.int32))
     if wants.rung_share:

@@ -116,7 +116,10 @@ class Responder:
             )
             for output in request.outputs
         ]
-        content = ResponseContent(news, len(request.prompt), request.cached_tokens)
+        told = request.responded or given.sampling.prompt_logprobs is None
+        prompt_logprobs = None if told else request.prompt_logprobs
+        content = ResponseContent(news, len(request.prompt), request.cached_tokens, prompt_logprobs)
+        request.responded = True
         tensors = output_tensors(content, given.wants, self._spelling)
         for output in request.outputs:
             output.unsent_text, output.unsent_levels, output.unsent_logprobs = [], [], []

@@ -224,6 +224,7 @@ class Service:
             if (found := self._open.find(delta.key)) is None or not delta.tokens:
                 continue
             request, at = found
+            request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
             missing = len(delta.tokens) - len(delta.levels)
             levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
             self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)

@@ -55,6 +55,8 @@ class SamplingParams:
     """Token ids that end the output (none)."""
     logprobs: int | None = None
     """Log probabilities of this many most likely tokens beside the chosen one, up to 20 (none)."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first (none)."""
     structured_outputs: Mapping[str, object] | None = None
     """The form of the output: one of ``json`` (a schema), ``regex``, ``choice`` (a list), ``grammar`` (none)."""
     extra: Mapping[str, object] = field(default_factory=dict)
@@ -126,6 +128,8 @@ class Chunk(OutputChunk):
     """When this chunk arrived, counted from the moment the request was sent."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that the prefix cache held; ``None`` if not asked for."""
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
+    """On the first chunk, if asked for: each token of the prompt and then the most likely ones; first a ``None``."""
     more: tuple[OutputChunk, ...] = ()
     """The other outputs, with or without news."""
 
@@ -162,6 +166,8 @@ class Completion(CompletionOutput):
     """From sending the request to its last response."""
     num_cached_tokens: int | None = None
     """Tokens of the prompt that the prefix cache held; ``None`` if not asked for."""
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
+    """If asked for: each token of the prompt and then the most likely ones; ``None`` for the first token."""
     more: tuple[CompletionOutput, ...] = ()
     """The other outputs."""
 
@@ -206,7 +212,7 @@ class CompletionBuilder:
 
     def __init__(self) -> None:
         self._outputs: list[_OutputBuilder] = []
-        self._first_s: float | None = None
+        self._first: Chunk | None = None
         self._last: Chunk | None = None
 
     def add(self, chunk: Chunk) -> None:
@@ -215,21 +221,21 @@ class CompletionBuilder:
             self._outputs.append(_OutputBuilder())
         for builder, output in zip(self._outputs, chunk.outputs, strict=False):
             builder.add(output, chunk.arrival_s)
-        if self._first_s is None:
-            self._first_s = chunk.arrival_s
+        self._first = self._first or chunk
         self._last = chunk
 
     def build(self) -> Completion:
         """The completion so far. Raises :class:`InvalidRequest` if no chunk ever came."""
-        last = self._last
-        if last is None or self._first_s is None:
+        begun, last = self._first, self._last
+        if begun is None or last is None:
             raise InvalidRequest("the stream held no response")
         first, *more = [builder.build() for builder in self._outputs]
         return Completion(
             **{item.name: getattr(first, item.name) for item in fields(CompletionOutput)},
             num_input_tokens=last.num_input_tokens or 0,
-            ttft_s=self._first_s,
+            ttft_s=begun.arrival_s,
             e2e_s=last.arrival_s,
             num_cached_tokens=last.num_cached_tokens,
+            prompt_logprobs=begun.prompt_logprobs,
             more=tuple(more),
         )

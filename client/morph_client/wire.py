@@ -25,6 +25,7 @@ _LARGEST_MESSAGE = 2**31 - 1
 _ALWAYS_ASKED = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 _DETAILS = ("return_morph_level", "return_rung_share", "return_num_cached_tokens")
 _SCORES = ("return_logprobs",)
+_PROMPT_SCORES = ("return_prompt_logprobs",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def build_request(
     sampling = sampling or SamplingParams()
     sampling_json = sampling.to_json()
     # Without this flag a response in one piece begins with the prompt.
-    flags = ("exclude_input_in_output", *_ALWAYS_ASKED, *(_SCORES if sampling.logprobs is not None else ()))
+    scores = _SCORES if sampling.logprobs is not None else ()
+    prompt_scores = _PROMPT_SCORES if sampling.prompt_logprobs is not None else ()
+    flags = ("exclude_input_in_output", *_ALWAYS_ASKED, *scores, *prompt_scores)
     return Request(
         model=model,
         request_id=request_id or uuid.uuid4().hex,
@@ -138,6 +141,7 @@ def decode(message: Any, arrival_s: float) -> Chunk | None:
             num_input_tokens=_first(found.get("num_input_tokens"), None),
             arrival_s=arrival_s,
             num_cached_tokens=_first(found.get("num_cached_tokens"), None),
+            prompt_logprobs=_prompt_logprobs(_first(found.get("prompt_logprobs"), b"null")),
             more=tuple(more),
         )
     except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
@@ -219,12 +223,17 @@ def _first(values: Sequence[Any] | None, default: Any) -> Any:
 
 
 def _logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...], ...]:
+    return tuple(_ranked(at) for at in json.loads(raw) or ())
+
+
+def _prompt_logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
+    return tuple(None if at is None else _ranked(at) for at in json.loads(raw) or ())
+
+
+def _ranked(tokens: dict[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
-        tuple(
-            TokenLogprob(int(token), str(at["decoded_token"]), float(at["logprob"]), int(at["rank"]))
-            for token, at in ranked.items()
-        )
-        for ranked in json.loads(raw) or ()
+        TokenLogprob(int(token), str(at["decoded_token"]), float(at["logprob"]), int(at["rank"]))
+        for token, at in tokens.items()
     )
 
 

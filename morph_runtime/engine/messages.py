@@ -53,6 +53,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     bad_words: tuple[str, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     score: bool = False
     structured_outputs: StructuredOutputs | None = None
     n: int = 1
@@ -157,13 +158,15 @@ LOGPROB_MIN = -9999.0
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request, with the level at which each was computed.
 
-    `logprobs` has one entry per token if the request asked for them, else none.
+    `logprobs` has one entry per token if the request asked for them, else none. `prompt_logprobs` comes with a
+    request's first token if it asked: one entry for each token of its prompt but the first.
     """
 
     key: int
     tokens: list[int]
     levels: list[int]
     logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):

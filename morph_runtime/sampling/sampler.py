@@ -70,6 +70,9 @@ class Sampler:
                 tokens[i] = token
         if not scored:
             return Sampled(tokens)
+        for i in scored:
+            if (given := rows[i].given) is not None:
+                tokens[i] = given
         counts = [rows[i].params.logprobs or 0 for i in scored]
         found = token_logprobs(raw, [tokens[i] for i in scored], counts)
         return Sampled(tokens, dict(zip(scored, found, strict=True)))

@@ -52,7 +52,7 @@ class ParameterLimits:
     max_token_ids: int = 1024
     """Entries of `stop_token_ids` and of `logit_bias`."""
     max_logprobs: int = 20
-    """Greatest `logprobs`, as in vLLM."""
+    """Greatest `logprobs` and `prompt_logprobs`, as in vLLM."""
     max_outputs: int = 1
     """Greatest `n`: as many requests as the engine runs together."""
     vocab_size: int = _INT32_MAX
@@ -72,7 +72,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": (None, ()),
     "logprob_token_ids": (None, ()),
     "output_kind": (0,),
-    "prompt_logprobs": (None,),
     "repetition_detection": (None,),
     "routed_experts_prompt_start": (0,),
     "skip_clone": (False,),
@@ -136,6 +135,7 @@ def _readers(limits: ParameterLimits) -> dict[str, Callable[[str, Any], Any]]:
         "stop_token_ids": lambda key, value: read_token_ids(key, value, limits.max_token_ids, limits.vocab_size),
         "bad_words": lambda key, value: read_strings(key, value, limits.max_bad_words, limits.max_stop_chars),
         "logprobs": lambda key, value: read_integer(key, value, 0, limits.max_logprobs),
+        "prompt_logprobs": lambda key, value: read_integer(key, value, 0, limits.max_logprobs),
         "structured_outputs": structured_outputs,
         "ignore_eos": read_boolean,
         "include_stop_str_in_output": read_boolean,

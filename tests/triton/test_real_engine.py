@@ -104,6 +104,23 @@ def test_n_outputs_are_n_seeded_answers_to_one_prompt(real: TritonServer, stream
     until(lambda: real.metric("morph_kv_blocks_used") == 0, 3.0, "free blocks")
 
 
+def test_the_prompt_can_be_scored(real: TritonServer) -> None:
+    prompt = "It was the best of times, it was the worst of times. " * 3
+    sampling = {"max_tokens": 4, "temperature": 0, "prompt_logprobs": 2}
+    flags = {"return_prompt_logprobs": True, "return_num_input_tokens": True, "return_num_cached_tokens": True}
+    for _ in range(2):
+        responses = GrpcStream(real).ask(prompt, sampling, **flags).rest(60)
+        first, *later = [json.loads(r.outputs["prompt_logprobs"][0]) for r in responses if r.outputs]
+        assert responses[0].outputs["num_cached_tokens"] == [0], "the prefix cache is not read"
+        assert len(first) == responses[0].outputs["num_input_tokens"][0] and first[0] is None
+        chosen = [next(iter(at.values())) for at in first[1:]]
+        assert prompt.endswith("".join(at["decoded_token"] for at in chosen))
+        assert all(at["logprob"] < 0 and at["rank"] >= 1 for at in chosen) and set(later) <= {None}
+    known = sum(at["logprob"] for at in chosen[len(chosen) * 2 // 3 :]) / (len(chosen) / 3)
+    new = sum(at["logprob"] for at in chosen[: len(chosen) // 3]) / (len(chosen) / 3)
+    assert known > new, "a sentence that was read twice before is likelier"
+
+
 def test_a_client_that_leaves_ends_all_of_its_outputs(real: TritonServer) -> None:
     stream = GrpcStream(real).ask("The sea", {"max_tokens": 1500, "ignore_eos": True, "n": 4})
     stream.next()

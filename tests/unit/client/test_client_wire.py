@@ -212,3 +212,20 @@ def test_a_stream_without_a_last_response_is_reported() -> None:
     reader.read(text_response("a", prompt_tokens=1, level=0, last=False, final=False).infer_response)
     with pytest.raises(ServerError, match="cut off"):
         reader.check_complete()
+
+
+def test_log_probabilities_of_the_prompt_come_with_the_first_chunk() -> None:
+    ranked = {"7": {"logprob": -0.9, "rank": 2, "decoded_token": "a"}}
+    builder = CompletionBuilder()
+    for raw in (json.dumps([None, ranked]), "null"):
+        made = {
+            "text_output": ("BYTES", bytes_tensor(b"a")),
+            "num_output_tokens": ("UINT32", struct.pack("<I", 1)),
+            "prompt_logprobs": ("BYTES", bytes_tensor(raw.encode())),
+        }
+        chunk = wire.decode(response(made, False).infer_response, 0.0)
+        assert chunk is not None
+        builder.add(chunk)
+    assert builder.build().prompt_logprobs == (None, (TokenLogprob(7, "a", -0.9, 2),))
+    assert "return_prompt_logprobs" in build(sampling=SamplingParams(prompt_logprobs=0)).flags
+    assert "return_prompt_logprobs" not in build().flags

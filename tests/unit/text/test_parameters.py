@@ -67,6 +67,7 @@ def test_numbers_may_be_strings() -> None:
         ({"n": "3"}, "n", 3),
         ({"logprobs": "0"}, "logprobs", 0),
         ({"logprobs": 20}, "logprobs", 20),
+        ({"prompt_logprobs": "2"}, "prompt_logprobs", 2),
     ],
 )
 def test_values_are_coerced(source: dict[str, Any], field: str, value: Any) -> None:
@@ -95,7 +96,8 @@ def test_keys_that_vllm_knows_pass_at_their_default(source: dict[str, Any]) -> N
         ({"n": 0}, "n", "between 1 and 8"),
         ({"n": 2, "temperature": 0}, "n", "must be 1 with greedy sampling"),
         ({"best_of": 3}, "best_of", "not supported"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported yet"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "between 0 and 20"),
         ({"detokenize": False}, "detokenize", "not supported"),
         ({"use_beam_search": True}, "use_beam_search", "not supported"),
         ({"stop_token_ids": 1}, "stop_token_ids", "list of token ids"),
