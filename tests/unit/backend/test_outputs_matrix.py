@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,6 @@ from morph_runtime.config import EngineConfig
 from morph_runtime.text.tokenizer import Tokenizer
 from tiny_model import tiny_tokenizer
 
-ROOT = Path(__file__).resolve().parents[3]
 TOKENS = 6
 PROMPT = "hello world"
 OPTIONAL: dict[str, tuple[Any, str]] = {
@@ -111,12 +108,5 @@ def test_prompt_log_probabilities_are_null_unless_the_parameter_is_set(ask: Any)
     assert outputs["prompt_logprobs"].tolist() == [b"null"]
 
 
-def test_the_contract_the_configuration_and_the_reader_name_the_same_tensors() -> None:
-    config = (ROOT / "model_repository" / "morph" / "config.pbtxt").read_text()
-    contract = (ROOT / "docs" / "wire.md").read_text()
-    for title, first in (("input", "text_input"), ("output", "text_output")):
-        declared = set(re.findall(r'name: "(\w+)"', config.split(f"\n{title} [")[1].split("\n]")[0]))
-        section = contract.split(f"## {title.capitalize()}s\n")[1].split("\n## ")[0]
-        told = {name for row in re.findall(r"^\| (`.+?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
-        assert declared == told and first in told
+def test_this_matrix_has_every_optional_output() -> None:
     assert set(OPTIONAL) == set(Wants.__dataclass_fields__)
