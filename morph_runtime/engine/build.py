@@ -15,6 +15,7 @@ from morph_runtime.engine.opening import open_checkpoint, open_pack
 from morph_runtime.engine.runner import CpuRunner
 from morph_runtime.errors import ConfigError
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
+from morph_runtime.kv.cache import COPY_BYTES
 from morph_runtime.memory.cpu import CpuPageArena
 from morph_runtime.memory.ledger import GIB, Ledger, auto_extent_bytes, plan_memory
 from morph_runtime.models.decoder import Decoder
@@ -24,6 +25,7 @@ from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.swapper import LayerSwapper
 from morph_runtime.pack.manifest import is_pack
 from morph_runtime.sampling.sampler import Sampler
+from morph_runtime.sampling.sampler import workspace_bytes as sampling_bytes
 from morph_runtime.scheduler import PrefixCache, Scheduler
 from morph_runtime.structured.compiler import GrammarCompiler
 from morph_runtime.weights.slots import LayerSlots
@@ -129,10 +131,9 @@ def _workspace_bytes(config: EngineConfig, spec: ModelSpec, layout: KVLayout, sl
     # No request is longer than base KV capacity, and that is less than a budget of KV blocks alone would hold.
     longest = config.model.max_model_len or max(MIN_CONTEXT, min(spec.max_positions, kv_tokens + block_tokens))
     tokens = config.scheduler.max_num_batched_tokens
-    # Logits three times: the scores, their copy that sampling works on, and raw log probabilities.
-    logits = 3 * 4 * config.scheduler.max_num_seqs * spec.vocab
+    logits = sampling_bytes(config.scheduler.max_num_seqs, spec.vocab, torch.device(config.device))
     step = Decoder.workspace_for(spec, longest, block_tokens, layout.dtype, tokens)
-    return step + logits + slots.scratch_bytes + slots.staging_bytes + PRIMITIVE_CACHE_BYTES
+    return step + logits + slots.scratch_bytes + slots.staging_bytes + COPY_BYTES + PRIMITIVE_CACHE_BYTES
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec, base_tokens: int) -> int:

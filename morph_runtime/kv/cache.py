@@ -11,6 +11,9 @@ from morph_runtime.errors import IntegrityError
 from morph_runtime.kv.layout import KVLayout
 from morph_runtime.memory.arena import ArenaExhausted, PageArena
 
+COPY_BYTES = 1 << 20
+"""Memory that copying blocks takes beside them."""
+
 
 class KVCache:
     """K and V of every layer. Only blocks below `mapped_blocks` have memory; touching others ends the process.
@@ -98,11 +101,17 @@ class KVCache:
         self.mapped_blocks -= quanta * self.quantum_blocks
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (source, target) in every layer. All are mapped; no id is both source and target."""
+        """Copy blocks (source, target) in every layer. All are mapped; no id is both source and target.
+
+        Takes at most `COPY_BYTES` at a time, or one block of one layer.
+        """
         source = torch.tensor([s for s, _ in pairs], dtype=torch.int64)
         target = torch.tensor([t for _, t in pairs], dtype=torch.int64)
         for tensor in self._tensors:
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
+            count = max(1, COPY_BYTES // tensor[0].nbytes)
+            for at in range(0, len(pairs), count):
+                some = slice(at, at + count)
+                tensor.index_copy_(0, target[some], tensor.index_select(0, source[some]))
 
     def digest(self, blocks: Sequence[int]) -> bytes:
         """A hash over the content of these blocks, in this order, in every layer (for checks)."""

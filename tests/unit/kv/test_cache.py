@@ -38,6 +38,32 @@ def arena() -> Iterator[StubbornArena]:
     arena.close()
 
 
+def test_blocks_are_copied_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = StubbornArena(64, EXTENT)
+    cache = KVCache(arena, LAYOUT, max_blocks=64)
+    cache.grow(2)
+    most = cache.mapped_blocks // 2
+    pairs = [(most + at, at) for at in range(most)]
+    for source, _ in pairs:
+        for layer in range(2):
+            cache.k(layer)[source] = source
+            cache.v(layer)[source] = -source
+    monkeypatch.setattr("morph_runtime.kv.cache.COPY_BYTES", 3 * cache.k(0)[0].nbytes)
+    sizes: list[int] = []
+    select = torch.Tensor.index_select
+
+    def watched(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(index))
+        return select(tensor, dim, index)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", watched)
+    cache.copy_blocks(pairs)
+    monkeypatch.undo()
+    assert max(sizes) == 3 and sum(sizes) == 4 * most
+    assert cache.digest([source for source, _ in pairs]) == cache.digest([target for _, target in pairs])
+    arena.close()
+
+
 @given(
     heads=st.integers(1, 16), dim=st.sampled_from([32, 40, 64, 80, 96, 128]), tokens=st.sampled_from([8, 16, 32]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]), extent=st.sampled_from([2**k for k in range(14, 22)]),
