@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from morph_client.address import DEFAULT_URL
 from morph_client.cli.common import UrlOption, stderr, stdout
 from morph_client.errors import BadInput
 from morph_client.report.table import percent, seconds
@@ -28,7 +27,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="A string to stop at; may be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with times and levels.")] = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = "",
 ) -> None:
     """Generate text from a prompt."""
     sampling = SamplingParams(

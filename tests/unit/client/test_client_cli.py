@@ -78,6 +78,21 @@ def test_without_a_server_the_remedy_is_named(morph: Morph) -> None:
     assert "metrics page" in sentence(morph("top", "--once", "--metrics-url", "http://localhost:9/metrics"))
 
 
+def test_the_ports_of_the_server_are_found_in_the_environment(
+    morph: Morph, triton: FakeTriton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MORPH_GRPC_PORT", str(triton.grpc_port))
+    monkeypatch.setenv("MORPH_METRICS_PORT", str(triton.metrics_port))
+    assert morph("generate", "x", "--max-tokens", 1).stdout == "w0 \n"
+    assert "0 of 8" in morph("top", "--once").stdout
+    assert morph("replay", trace(tmp_path)).exit_code == 0
+    monkeypatch.setenv("MORPH_URL", "localhost:9")
+    assert morph("generate", "x").exit_code == 1, "an address wins over a port"
+    monkeypatch.delenv("MORPH_URL")
+    monkeypatch.setenv("MORPH_GRPC_PORT", "x")
+    assert "MORPH_GRPC_PORT must be a port" in sentence(morph("generate", "x"))
+
+
 def test_top_prints_one_page(morph: Morph, triton: FakeTriton) -> None:
     triton.service.level = 2
     result = morph("top", "--once", "--metrics-url", triton.metrics_url)
