@@ -29,9 +29,9 @@ from morph_runtime.engine.runner import Launched, StepRunner
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
-from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
@@ -57,13 +57,13 @@ class EngineParts:
     cache: KVCache
     pool: BlockPool
     scheduler: Scheduler
-    decoder: Decoder
     swapper: LayerSwapper
     resizer: KVResizer
     shifter: LevelShifter
     controller: Controller
     intake: Intake
     runner: StepRunner
+    order: DeviceOrder
 
 
 @dataclass(frozen=True)
@@ -230,11 +230,11 @@ class Engine:
             for request, detail in intake.failures(flight.sampling):
                 intake.cancel(request.key)
                 news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
-        levels, scores = [flight.level], sampled.logprobs
+        levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
         tokens = sampled.tokens[: len(flight.sampling)]
         book_scores(flight.plan, scores, len(tokens))
         for row, (request, token) in enumerate(zip(flight.sampling, tokens, strict=True)):
-            if request.state is RequestState.RUNNING:  # else it has ended since the launch
+            if request.state is running:  # else it has ended since the launch
                 own, request.prompt_scores = request.prompt_scores, []
                 score = [scores[row]] if row in scores else []
                 news.tokens.append(TokenDelta(request.key, [token], levels, score, own))
@@ -270,6 +270,7 @@ class Engine:
             IntegrityError: they do not.
         """
         self._parts.arena.check_integrity()
+        self._parts.swapper.check_integrity()
         self._parts.pool.check_integrity()
         self._parts.scheduler.check_integrity()
         self._parts.intake.check_integrity()
@@ -300,7 +301,7 @@ class Engine:
         parts = self._parts
         counters = parts.shifter.counters
         by_range = parts.arena.resident_bytes()
-        weights = sum(n for name, n in by_range.items() if name.startswith("layer"))
+        weights = sum(n for name, n in by_range.items() if name.startswith("weights."))
         static = by_range.get("static", 0)
         return EngineStats(
             at_s=time.monotonic(),

@@ -41,7 +41,7 @@ def engines() -> Iterator[EngineFactory]:
     """Makes engines (float32, controller off, integrity checked after each step) and closes them."""
     made: list[Engine] = []
 
-    def make(folder: Path, **sections: dict[str, Any]) -> Engine:
+    def make(folder: Path, **sections: Any) -> Engine:
         settings: dict[str, Any] = {
             "model": {"path": str(folder), "dtype": "float32"},
             "memory": {"kv_tokens": 512, "block_tokens": 8, "extent_kib": 16},
@@ -51,7 +51,7 @@ def engines() -> Iterator[EngineFactory]:
             "check_integrity": True,
         }
         for name, values in sections.items():
-            settings[name] = {**settings.get(name, {}), **values}
+            settings[name] = {**settings.get(name, {}), **values} if isinstance(values, dict) else values
         engine = build_engine(EngineConfig.from_mapping(settings))
         made.append(engine)
         return engine
