@@ -31,6 +31,7 @@ class EngineMetrics:
         record.gauge("morph_memory_bytes", info.budget_bytes, kind="budget")
         for gauge in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
             record.gauge(gauge, 0)
+        record.declare("morph_engine_restarts_total")
         self.up(True)
 
     def up(self, up: bool) -> None:
@@ -38,6 +39,13 @@ class EngineMetrics:
         self._recorder.gauge("morph_engine_up", 1 if up else 0)
         if up:
             self.beat()
+        else:
+            self._recorder.gauge("vllm:num_requests_running", 0)
+
+    def restarted(self) -> None:
+        """Another engine process is there in place of one that has ended."""
+        self._recorder.count("morph_engine_restarts_total")
+        self.up(True)
 
     def beat(self) -> None:
         """A message of the engine has come."""

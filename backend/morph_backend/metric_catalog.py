@@ -57,6 +57,8 @@ def catalog(max_model_len: int) -> Mapping[str, MetricSpec]:
         "morph_tokens_total": MetricSpec(COUNTER, "Output tokens by rung, weighted by layer."),
         "morph_requests_total": MetricSpec(COUNTER, "Requests by outcome."),
         "morph_engine_up": MetricSpec(GAUGE, "1 while the engine process answers."),
+        "morph_engine_restarts_total": MetricSpec(COUNTER, "Engine processes started in place of one that has ended."),
+        "morph_backend_errors_total": MetricSpec(COUNTER, "Defects caught in threads of the serving process."),
         "morph_engine_heartbeat_seconds": MetricSpec(GAUGE, "Unix time of the engine's last message."),
         "morph_mode": MetricSpec(GAUGE, "1 for the mode in force."),
         "morph_queue_nudges_total": MetricSpec(COUNTER, "Expired requests sent to keep Triton's queue moving."),

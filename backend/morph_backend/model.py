@@ -24,10 +24,12 @@ from morph_backend.metric_catalog import catalog
 from morph_backend.nudge import GrpcNudgeStream, QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
-from morph_backend.service import Engine, Service
+from morph_backend.service import Service
 from morph_backend.settings import BackendSettings, backend_settings, load_engine_config
 from morph_runtime.config import EngineConfig, resolve_model_folder
 from morph_runtime.engine.client import EngineClient, EngineListener
+from morph_runtime.engine.handle import EngineHandle, KeeperSettings
+from morph_runtime.engine.keeper import EngineKeeper
 from morph_runtime.errors import ConfigError, EngineDown
 from morph_runtime.text.tokenizer import Tokenizer
 
@@ -56,8 +58,8 @@ class TritonPythonModel:
             self._control.say("error", str(error))
             raise pb_utils.TritonModelException(str(error)) from None
 
-    def make_engine(self, config: EngineConfig, listener: EngineListener) -> Engine:
-        """The engine to serve with; a subclass may bring its own."""
+    def make_engine(self, config: EngineConfig, listener: EngineListener) -> EngineHandle:
+        """An engine to serve with, and another one when it has ended; a subclass may bring its own."""
         return EngineClient(config, listener)
 
     def execute(self, requests: Sequence[Any]) -> None:
@@ -101,7 +103,13 @@ class TritonPythonModel:
             on_decisions=DecisionLog(settings.log_decisions),
             on_gone=functools.partial(self._control.say, "error"),
         )
-        engine = self.make_engine(config, self._service)
+        keeping = KeeperSettings(
+            restarts=settings.engine_restarts,
+            pause_s=settings.engine_restart_pause_ms / 1e3,
+            silence_s=settings.engine_silence_seconds,
+            start_timeout_s=settings.start_timeout_seconds,
+        )
+        engine = EngineKeeper(functools.partial(self.make_engine, config), self._service, keeping)
         try:
             info = engine.start(settings.start_timeout_seconds)
         except (ConfigError, EngineDown):

@@ -70,6 +70,7 @@ class Service:
         self._open = OpenRequests()
         self._refusal = ""  # why no request is taken any more; guarded by _lock
         self._engine: Engine | None = None
+        self._up = False
         self._info: EngineInfo | None = None
         self._level = 0
 
@@ -77,7 +78,7 @@ class Service:
 
     def attach(self, engine: Engine, info: EngineInfo) -> None:
         """Connect the started engine; before it no request may be handled."""
-        self._engine, self._info = engine, info
+        self._engine, self._info, self._up = engine, info, True
         shares = RungShares(info.num_layers, info.ladder)
         self._accounting = RequestAccounting(self._recorder, shares)
         self._responder = Responder(self, shares, self._accounting.generated, self._tokenizer.spelling)
@@ -87,7 +88,7 @@ class Service:
     @property
     def healthy(self) -> bool:
         """Whether the engine is up and requests are taken."""
-        return self._engine is not None and not self._refusal
+        return self._up and not self._refusal
 
     @property
     def held(self) -> int:
@@ -246,9 +247,21 @@ class Service:
         self._on_decisions(stats.decisions)
         self._engine_metrics.stats(stats)
 
+    def on_restarting(self, reason: str) -> None:
+        """The engine has ended and another one is started; requests wait for it, the open ones will go on."""
+        logging.getLogger(__name__).error("the engine has ended: %s", reason)
+        self._up = False
+        self._engine_metrics.up(False)
+
+    def on_restarted(self) -> None:
+        """The new engine has the open requests."""
+        self._up = True
+        self._engine_metrics.restarted()
+
     def on_down(self, reason: str) -> None:
-        """The engine is gone: every open request ends with an error, and so does every later one."""
+        """No engine will come any more: every open request ends with an error, and so does every later one."""
         logging.getLogger(__name__).error("the engine is down: %s", reason)
+        self._up = False
         self._engine_metrics.up(False)
         self.refuse(f"{UNHEALTHY}: {reason}")
         for request in self._open.all():

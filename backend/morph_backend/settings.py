@@ -34,6 +34,13 @@ class BackendSettings:
     """Seconds after which a request is ended with an error: the only end of a non-streaming one whose client left."""
     start_timeout_seconds: int = 600
     """Seconds that the engine may take to load the model."""
+    engine_restarts: int = 5
+    """Starts in a row that may fail before an engine that has ended is given up and the server ends; 0: no restart."""
+    engine_restart_pause_ms: int = 500
+    """Milliseconds before the second restart in a row; doubles with each further one, up to 30 s."""
+    engine_silence_seconds: int = 120
+    """Seconds without a word of the engine, while it has requests, after which it is killed and restarted; 0: never.
+    Longer than the longest step."""
 
 
 _LIMITS: Mapping[str, tuple[int, int]] = {
@@ -43,6 +50,9 @@ _LIMITS: Mapping[str, tuple[int, int]] = {
     "queue_poll_ms": (50, 10_000),
     "max_request_seconds": (1, 7 * 86_400),
     "start_timeout_seconds": (1, 86_400),
+    "engine_restarts": (0, 1000),
+    "engine_restart_pause_ms": (0, 30_000),
+    "engine_silence_seconds": (0, 86_400),
 }
 
 

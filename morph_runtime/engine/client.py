@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,8 @@ from morph_runtime.engine.wire import FrameReader, FrameWriter
 from morph_runtime.errors import ConfigError, EngineDown
 
 KILL_AFTER_S = 5.0
+SIGNALS_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
+"""Exit statuses of an engine that somebody has ended; no defect of its own ends it so."""
 
 
 class EngineListener(Protocol):
@@ -46,7 +49,7 @@ class EngineListener(Protocol):
         """A snapshot, a few times a second."""
 
     def on_down(self, reason: str) -> None:
-        """The engine has ended without being asked to: every open request is lost. Called once."""
+        """The engine has ended without being asked to: it will say no more. Called once."""
 
 
 class EngineClient:
@@ -64,11 +67,19 @@ class EngineClient:
         self._writer: FrameWriter | None = None
         self._reader_thread: threading.Thread | None = None
         self._closing = threading.Event()
+        self._failed = False  # the engine has said that it cannot go on
+        self._insisted = False  # we have killed it
 
     @property
     def pid(self) -> int:
         """Process id of the engine; 0 before `start`."""
         return self._process.pid if self._process else 0
+
+    @property
+    def ended_from_outside(self) -> bool:
+        """Whether somebody else has ended the engine process, by signal; known after `close`."""
+        status = self._process.returncode if self._process else None
+        return status in SIGNALS_FROM_OUTSIDE and not self._failed and not self._insisted
 
     def start(self, timeout_s: float = 120.0) -> EngineInfo:
         """Spawn the engine and wait until it is ready.
@@ -77,6 +88,8 @@ class EngineClient:
             ConfigError: the engine refused its configuration or model (one sentence for the user).
             EngineDown: it died or was not ready within `timeout_s` seconds.
         """
+        if self._closing.is_set():
+            raise EngineDown("The engine is closed.")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         command = [self._python, "-m", "morph_runtime.engine.process", "--fd", str(theirs.fileno())]
         self._process = subprocess.Popen(
@@ -87,6 +100,9 @@ class EngineClient:
         )
         theirs.close()
         self._sock = ours
+        if self._closing.is_set():  # since we looked: whoever closed found no process to end
+            self._kill()
+            raise EngineDown("The engine is closed.")
         self._writer = FrameWriter(ours)
         reader: FrameReader[FromEngine] = FrameReader(ours, msgspec.msgpack.Decoder(FromEngine))
         try:
@@ -124,6 +140,12 @@ class EngineClient:
         """Change the controller's mode. Raises EngineDown."""
         self._send(SetMode(mode=mode))
 
+    def kill(self) -> None:
+        """End an engine that does not answer, at once; `on_down` follows."""
+        self._insisted = True
+        if self._process is not None:
+            self._process.kill()
+
     def close(self, drain_s: float = 0.0) -> None:
         """End the engine: let it finish for `drain_s` seconds, then close its socket, then kill it."""
         self._closing.set()
@@ -152,9 +174,9 @@ class EngineClient:
                 elif isinstance(message, EngineStats):
                     self._listener.on_stats(message)
                 elif isinstance(message, EngineFailure):
-                    reason = message.message
+                    reason, self._failed = message.message, True
         except EngineDown as error:
-            reason = str(error)
+            reason, self._failed = str(error), True
         except Exception as error:  # a listener's defect must reach on_down, or every stream would hang
             logging.getLogger(__name__).exception("engine reader failed")
             reason = f"The engine's messages could not be handled ({error})."
@@ -171,7 +193,7 @@ class EngineClient:
             try:
                 self._process.wait(KILL_AFTER_S)
             except subprocess.TimeoutExpired:
-                self._process.kill()
+                self.kill()
                 self._process.wait()
 
 

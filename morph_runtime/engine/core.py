@@ -112,7 +112,7 @@ class Engine:
         self._parts.intake.submit(
             Request(
                 key=message.key,
-                tokens=list(message.prompt),
+                tokens=[*message.prompt, *message.resumed],
                 prompt_len=len(message.prompt),
                 sampling=message.sampling,
                 priority=message.priority,

@@ -71,6 +71,9 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     `after` is the key of a request with the same prompt that was submitted earlier. With the prefix cache on, this
     one does not start before the prompt of that one is in the cache, so that it is computed once; 0, or a request
     that has ended, holds nothing back.
+
+    `resumed` are the tokens of its output that an engine process before this one has produced: it goes on after them,
+    as after a preemption, and they are not sent again.
     """
 
     key: int
@@ -80,6 +83,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     arrival_s: float = 0.0
     slo_class: str = ""
     after: int = 0
+    resumed: list[int] = []
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):

@@ -92,6 +92,13 @@ class FakeEngine:
     def set_mode(self, mode: str) -> None:
         pass
 
+    @property
+    def ended_from_outside(self) -> bool:
+        return False
+
+    def kill(self) -> None:
+        self._down = "killed"
+
     def close(self, drain_s: float = 0.0) -> None:
         self._stop.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -115,7 +122,7 @@ class FakeEngine:
             started = []
             while self._waiting and len(self._running) < self.config.scheduler.max_num_seqs:
                 request = self._waiting.popleft()
-                self._running[request.key] = (request, 0)
+                self._running[request.key] = (request, len(request.resumed))
                 started.append(request.key)
             tokens = []
             finished, self._finished = self._finished, []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import shutil
 import signal
 import statistics
 import threading
@@ -15,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from triton_server import ROOT, TritonServer
+from triton_server import TritonServer, real_repository
 from wire_client import GrpcStream, generate, open_sse, post, sse, sse_events, text_of, until
 
 pytestmark = pytest.mark.triton
@@ -151,13 +149,7 @@ def test_clients_that_leave_free_the_engine(real: TritonServer) -> None:
 @pytest.fixture
 def prompt_metrics(tmp_path: Path) -> Iterator[TritonServer]:
     """The product with its metrics as fresh as can be: 20 ms in the engine, 20 ms in the exporter."""
-    repository = tmp_path / "repository"
-    shutil.copytree(ROOT / "model_repository", repository)
-    config = repository / "morph" / "config.pbtxt"
-    changed, count = re.subn(r'("METRICS_INTERVAL_MS" value: \{ string_value: )"\d+"', r'\1"20"', config.read_text())
-    assert count == 1
-    config.write_text(changed)
-    (repository / "morph" / "1" / "model.json").write_text(json.dumps({"stats_interval_s": 0.02}))
+    repository = real_repository(tmp_path / "repository", {"stats_interval_s": 0.02}, METRICS_INTERVAL_MS="20")
     server = TritonServer(tmp_path, {"MORPH_MAX_NUM_SEQS": "4", "MORPH_MODEL_REPOSITORY": str(repository)})
     try:
         yield server.wait_ready(120).wait_metrics()
@@ -183,26 +175,6 @@ def test_a_cancelled_stream_frees_its_blocks_within_200_ms(prompt_metrics: Trito
     # What the page shows is later than the engine's blocks by up to 40 ms of reporting and a scrape.
     assert statistics.median(took) < 0.2
     assert max(took) < 0.3
-
-
-def engine_of(server: TritonServer) -> int:
-    (pid,) = (p for p in server.family() if b"morph_runtime.engine.process" in Path(f"/proc/{p}/cmdline").read_bytes())
-    return pid
-
-
-def test_a_killed_engine_ends_every_stream_with_an_error(fresh: TritonServer) -> None:
-    streams = [GrpcStream(fresh).ask("The sea", {"max_tokens": 1500, "ignore_eos": True}) for _ in range(3)]
-    for stream in streams:
-        stream.next()
-    os.kill(engine_of(fresh), signal.SIGKILL)
-    for stream in streams:
-        assert "unhealthy engine" in stream.rest(10)[-1].error
-    assert "unhealthy engine" in post(fresh, {"text_input": "abc"})[1]["error"]
-    until(lambda: fresh.metric("morph_engine_up") == 0, 1.5)
-    assert fresh.process.wait(10) == 1
-    assert "The server ends because its engine has: " in fresh.output()
-    assert fresh.family() == []
-    assert not list(fresh.log.parent.glob("morphserve-*"))
 
 
 def test_sigterm_with_an_open_stream_leaves_nothing(fresh: TritonServer) -> None:

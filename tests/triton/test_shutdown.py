@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from fake_engine import SEED_CRASH
 from triton_server import TritonServer, fake_repository
 from wire_client import GrpcStream, grpc_status, post, text_of, until
 
@@ -96,22 +95,6 @@ def test_a_second_signal_cuts_the_drain_short(fresh: TritonServer) -> None:
     until(lambda: "draining" in fresh.output(), 5.0)
     fresh.process.send_signal(signal.SIGTERM)
     assert fresh.process.wait(30) == 0
-    nothing_left(fresh)
-
-
-def test_a_dead_engine_ends_every_stream_with_an_error(fresh: TritonServer) -> None:
-    streams = [GrpcStream(fresh).ask("hello world", {"max_tokens": 400}) for _ in range(5)]
-    for stream in streams:
-        stream.next()
-    GrpcStream(fresh).ask("crash", {"seed": SEED_CRASH})
-    for stream in streams:
-        last = stream.rest(10.0)[-1]
-        assert "Model is unavailable due to unhealthy engine: The engine process ended unexpectedly." in last.error
-    status, body = post(fresh, {"text_input": "abc"})
-    assert status >= 400 and "unhealthy engine" in body["error"]
-    assert grpc_status(fresh, "abc") == "UNAVAILABLE"
-    assert fresh.process.wait(20) == 1
-    assert "The server ends because its engine has: The engine process ended unexpectedly." in fresh.output()
     nothing_left(fresh)
 
 

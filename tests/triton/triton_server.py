@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -29,17 +32,29 @@ def free_ports(count: int) -> list[int]:
 
 
 def fake_repository(folder: Path, **replacements: str) -> Path:
-    """The product's repository with the fake engine; `replacements` change settings in config.pbtxt."""
+    """The product's repository with the fake engine; `replacements` as in `real_repository`."""
+    real_repository(folder, **replacements)
     version = folder / "morph" / "1"
-    version.mkdir(parents=True)
-    config = (ROOT / "model_repository" / "morph" / "config.pbtxt").read_text()
-    for name, value in replacements.items():
-        lines = [line if f"{name}:" not in line else f"    {name}: {value}" for line in config.splitlines()]
-        config = "\n".join(lines)
-    (folder / "morph" / "config.pbtxt").write_text(config)
-    shutil.copy(ROOT / "model_repository" / "morph" / "1" / "model.json", version / "model.json")
     shutil.copy(HERE / "repository" / "model.py", version / "model.py")
     shutil.copy(HERE / "fake_engine.py", version / "fake_engine.py")
+    return folder
+
+
+def real_repository(folder: Path, engine: dict[str, Any] | None = None, **replacements: str) -> Path:
+    """The product's repository; `engine` goes into model.json, `replacements` change config.pbtxt: its fields by name,
+    its parameters by name in capitals."""
+    shutil.copytree(ROOT / "model_repository", folder)
+    path = folder / "morph" / "config.pbtxt"
+    config = path.read_text()
+    for name, value in replacements.items():
+        pattern, new = rf"^( *){name}: .*$", rf"\g<1>{name}: {value}"
+        if name.isupper():
+            pattern, new = rf'("{name}" value: {{ string_value: )"[^"]*"', rf'\g<1>"{value}"'
+        config, count = re.subn(pattern, new, config, flags=re.MULTILINE)
+        assert count == 1, name
+    path.write_text(config)
+    if engine is not None:
+        (folder / "morph" / "1" / "model.json").write_text(json.dumps(engine))
     return folder
 
 
