@@ -26,9 +26,10 @@ class MetricsExporter(Worker):
         labels: Mapping[str, str],
         interval_s: float,
         before: Callable[[], None],
+        on_defect: Callable[[str], None] = lambda _thread: None,
     ) -> None:
         """`labels` go on every metric; `before` is called ahead of each export and may set gauges."""
-        super().__init__("metrics", interval_s)
+        super().__init__("metrics", interval_s, on_defect)
         self._recorder = recorder
         self._catalog = catalog
         self._labels = dict(labels)
@@ -47,6 +48,7 @@ class MetricsExporter(Worker):
                 self._export(self._recorder.take())
             except Exception:
                 logging.getLogger(__name__).exception("metrics could not be exported")
+                self._defect()
             if last:
                 break
             last = self._stop.wait(self._interval_s)

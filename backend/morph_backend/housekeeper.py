@@ -12,8 +12,13 @@ from morph_backend.worker import Worker
 class Housekeeper(Worker):
     """Calls each duty every `interval_s` seconds, less often if they take long; one that raises is logged."""
 
-    def __init__(self, interval_s: float, duties: Sequence[Callable[[], None]]) -> None:
-        super().__init__("housekeeper", interval_s)
+    def __init__(
+        self,
+        interval_s: float,
+        duties: Sequence[Callable[[], None]],
+        on_defect: Callable[[str], None] = lambda _thread: None,
+    ) -> None:
+        super().__init__("housekeeper", interval_s, on_defect)
         self._duties = tuple(duties)
 
     def _run(self) -> None:
@@ -25,4 +30,5 @@ class Housekeeper(Worker):
                     duty()
                 except Exception:
                     logging.getLogger(__name__).exception("a duty has failed")
+                    self._defect()
             pause = max(self._interval_s, time.monotonic() - began)

@@ -127,7 +127,8 @@ class TritonPythonModel:
             DrainDuty(self._service, self._control),
             ParentDuty(self._service.close),
         ]
-        self._housekeeper = Housekeeper(settings.cancel_poll_ms / 1e3, duties)
+        defect = self._service.on_defect
+        self._housekeeper = Housekeeper(settings.cancel_poll_ms / 1e3, duties, defect)
         self._housekeeper.start()
         self._exporter: MetricsExporter | None = None
         if settings.report_custom_metrics:
@@ -137,6 +138,7 @@ class TritonPythonModel:
                 {"model": model[0], "version": model[1]},
                 settings.metrics_interval_ms / 1e3,
                 lambda: recorder.gauge("morph_execute_waiting", self._service.held),
+                defect,
             )
             self._exporter.start()
         metrics_address = _address("MORPH_METRICS", DEFAULT_METRICS_PORT)
@@ -146,6 +148,7 @@ class TritonPythonModel:
             settings.queue_poll_ms / 1e3,
             lambda: self._service.held,
             self._service.publish_queue,
+            defect,
         )
         self._queue_watch.start()
         recorder.declare("morph_queue_nudges_total")
@@ -157,6 +160,7 @@ class TritonPythonModel:
                 functools.partial(GrpcNudgeStream, grpc_address, model[0]),
                 self._backlog,
                 on_sent=functools.partial(recorder.count, "morph_queue_nudges_total"),
+                on_defect=defect,
             )
 
 

@@ -44,6 +44,7 @@ class QueueNudger:
         backlog: Callable[[], bool],
         *,
         on_sent: Callable[[], None] = lambda: None,
+        on_defect: Callable[[str], None] = lambda _thread: None,
         pause_s: float = 0.002,
         answer_s: float = 0.02,
         idle_s: float = 1.0,
@@ -55,12 +56,13 @@ class QueueNudger:
             connect: opens a NudgeStream; takes a listener that is called without arguments at each answer.
             backlog: whether requests stand in the queue; without any there is nothing to move.
             on_sent: called after each nudge.
+            on_defect: told the thread's name when something has raised in it.
             pause_s: how long the next request may take to come by itself after `execute()` has returned.
             answer_s: how long to wait for a nudge's effect before the next (the instance may not be idle yet).
             idle_s: the stream is closed after this long without a need.
             retry_s: pause after the server could not be reached.
         """
-        self._connect, self._backlog, self._on_sent = connect, backlog, on_sent
+        self._connect, self._backlog, self._on_sent, self._on_defect = connect, backlog, on_sent, on_defect
         self._pause_s, self._answer_s, self._idle_s, self._retry_s = pause_s, answer_s, idle_s, retry_s
         self._condition = threading.Condition()
         self._entered = 0
@@ -70,7 +72,7 @@ class QueueNudger:
         self._closed = False
         self._stream: NudgeStream | None = None
         self._warned = False
-        self._thread = threading.Thread(target=self._run, name="queue-nudger", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="queue-nudger", daemon=True)
         self._thread.start()
 
     def entered(self) -> None:
@@ -91,6 +93,15 @@ class QueueNudger:
             self._closed = True
             self._condition.notify()
         self._thread.join(timeout_s)
+
+    def _live(self) -> None:
+        while not self._closed:
+            try:
+                self._run()
+            except Exception as error:
+                logging.getLogger(__name__).exception("the nudger begins anew")
+                self._on_defect(self._thread.name)
+                self._give_up(error)
 
     def _run(self) -> None:
         while True:

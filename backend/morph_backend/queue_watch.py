@@ -105,9 +105,10 @@ class QueueWatch(Worker):
         interval_s: float,
         held: Callable[[], int],
         publish: Callable[[QueueSignal], None],
+        on_defect: Callable[[str], None] = lambda _thread: None,
     ) -> None:
         """`address` is host and port of the endpoint, `model` the model's name and version."""
-        super().__init__("queue-watch", interval_s)
+        super().__init__("queue-watch", interval_s, on_defect)
         self._page = MetricsPage(address)
         self._model = model
         self._held = held

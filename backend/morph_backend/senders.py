@@ -17,13 +17,19 @@ class SenderPool:
         count: threads.
         work: called with the request; nothing new to send must be harmless (wakes are not merged).
         failed: called with the request and the error when `work` raises.
+        on_defect: told the thread's name then.
     """
 
     def __init__(
-        self, count: int, work: Callable[[OpenRequest], None], failed: Callable[[OpenRequest, Exception], None]
+        self,
+        count: int,
+        work: Callable[[OpenRequest], None],
+        failed: Callable[[OpenRequest, Exception], None],
+        on_defect: Callable[[str], None] = lambda _thread: None,
     ) -> None:
         self._work = work
         self._failed = failed
+        self._on_defect = on_defect
         self._queues: list[SimpleQueue[OpenRequest | None]] = [SimpleQueue() for _ in range(count)]
         self._threads = [
             threading.Thread(target=self._run, args=(queue,), name=f"sender-{index}", daemon=True)
@@ -49,6 +55,7 @@ class SenderPool:
                 self._work(request)
             except Exception as error:
                 logging.getLogger(__name__).exception("a response could not be sent")
+                self._on_defect(threading.current_thread().name)
                 self._report(request, error)
 
     def _report(self, request: OpenRequest, error: Exception) -> None:

@@ -21,7 +21,7 @@ from morph_backend.responder import UNHEALTHY, Responder
 from morph_backend.rungs import RungShares
 from morph_backend.senders import SenderPool
 from morph_backend.vocabulary import check_prompt, spell_bad_words
-from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, Submit
+from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, Submit, TokenDelta
 from morph_runtime.errors import EngineDown, RequestError
 from morph_runtime.text.assembler import OutputAssembler
 from morph_runtime.text.parameters import ParameterLimits
@@ -82,7 +82,7 @@ class Service:
         shares = RungShares(info.num_layers, info.ladder)
         self._accounting = RequestAccounting(self._recorder, shares)
         self._responder = Responder(self, shares, self._accounting.generated, self._tokenizer.spelling)
-        self._senders = SenderPool(self._sender_threads, self._responder.respond, self._fail_request)
+        self._senders = SenderPool(self._sender_threads, self._responder.respond, self._fail_request, self.on_defect)
         self._engine_metrics.start(info)
 
     @property
@@ -155,6 +155,7 @@ class Service:
                 self._accounting.outcome("rejected")
         except Exception as error:
             logging.getLogger(__name__).exception("a request could not be handled")
+            self.on_defect("execute")
             if channel.fail(Status.INTERNAL, f"The request could not be handled: {error}"):
                 self._accounting.outcome("error")
 
@@ -210,7 +211,7 @@ class Service:
     # -- the engine's words --------------------------------------------------------------------------------------
 
     def on_step(self, out: StepOutput) -> None:
-        """Tokens, starts and ends of one step."""
+        """Tokens, starts and ends of one step. A request whose part of it cannot be handled ends; the others go on."""
         now = self._clock()
         self._engine_metrics.beat()
         self._recorder.gauge("vllm:num_requests_running", out.running)
@@ -225,12 +226,14 @@ class Service:
             if (found := self._open.find(delta.key)) is None or not delta.tokens:
                 continue
             request, at = found
-            request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
-            missing = len(delta.tokens) - len(delta.levels)
-            levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
-            self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
-            events = news.setdefault(request.key, (request, []))[1]
-            events.append(Tokens(delta.tokens, levels, delta.logprobs, at))
+            try:
+                new = self._arrived(request, at, delta, now)
+            except Exception as error:
+                logging.getLogger(__name__).exception("tokens could not be handled")
+                self.on_defect("engine-reader")
+                self._fail_request(request, error)
+            else:
+                news.setdefault(request.key, (request, []))[1].append(new)
         for finished in out.finished:
             self._admission.release(finished.key)
             if (found := self._open.find(finished.key)) is not None:
@@ -241,11 +244,23 @@ class Service:
             request.inbox.extend(events)
             self._senders.wake(request)
 
+    def _arrived(self, request: OpenRequest, at: int, delta: TokenDelta, now: float) -> Tokens:
+        """Book new tokens of a request's output number `at`."""
+        request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
+        missing = len(delta.tokens) - len(delta.levels)
+        levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
+        self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
+        return Tokens(delta.tokens, levels, delta.logprobs, at)
+
     def on_stats(self, stats: EngineStats) -> None:
         """A snapshot."""
         self._level = stats.level
-        self._on_decisions(stats.decisions)
-        self._engine_metrics.stats(stats)
+        try:
+            self._on_decisions(stats.decisions)
+            self._engine_metrics.stats(stats)
+        except Exception:
+            logging.getLogger(__name__).exception("a snapshot could not be handled")
+            self.on_defect("engine-reader")
 
     def on_restarting(self, reason: str) -> None:
         """The engine has ended and another one is started; requests wait for it, the open ones will go on."""
@@ -275,16 +290,24 @@ class Service:
         """End requests whose client has gone or whose time is over."""
         now = self._clock()
         for request in self._open.all():
-            if request.channel.is_cancelled():
-                status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
-            elif now - request.arrival_s > self._max_request_s:
-                status, outcome = Status.UNAVAILABLE, "error"
-                message = f"The request took longer than max_request_seconds, {self._max_request_s:g} s."
-            else:
-                continue
-            if request.channel.fail(status, message):
-                self.closed(request, outcome)
-                self._admission.wake()
+            try:
+                self._look_at(request, now)
+            except Exception as error:  # or nobody behind it would be looked at
+                logging.getLogger(__name__).exception("a request could not be looked at")
+                self.on_defect("housekeeper")
+                self._fail_request(request, error)
+
+    def _look_at(self, request: OpenRequest, now: float) -> None:
+        if request.channel.is_cancelled():
+            status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
+        elif now - request.arrival_s > self._max_request_s:
+            status, outcome = Status.UNAVAILABLE, "error"
+            message = f"The request took longer than max_request_seconds, {self._max_request_s:g} s."
+        else:
+            return
+        if request.channel.fail(status, message):
+            self.closed(request, outcome)
+            self._admission.wake()
 
     def closed(self, request: OpenRequest, outcome: str) -> None:
         """A request's FINAL is out: forget it, count it, and stop the engine's work on it."""
@@ -314,6 +337,10 @@ class Service:
         """Give back all credits of a request."""
         for output in request.outputs:
             self._admission.release(output.key)
+
+    def on_defect(self, thread: str) -> None:
+        """An exception that nobody had foreseen was caught (and logged) in a thread."""
+        self._recorder.count("morph_backend_errors_total", thread=thread)
 
     def _fail_request(self, request: OpenRequest, error: Exception) -> None:
         if request.channel.fail(Status.INTERNAL, f"The response could not be sent: {error}"):

@@ -1,19 +1,25 @@
-"""The thread that the backend's timed duties run on: started once, stopped by an event, joined for a while."""
+"""The thread that the backend's timed duties run on: started once, stopped by an event, joined for a while.
+
+A thread that dies of an exception takes its duty with it, and nobody notices: so none does.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 
 class Worker(ABC):
     """One daemon thread. `_run` waits on `_stop` between its rounds and returns once it is set."""
 
-    def __init__(self, name: str, interval_s: float) -> None:
-        """`name` is the thread's; `interval_s` the pause between rounds, seconds."""
+    def __init__(self, name: str, interval_s: float, on_defect: Callable[[str], None] = lambda _thread: None) -> None:
+        """`name` is the thread's; `interval_s` the pause between rounds, seconds; `on_defect` hears of exceptions."""
         self._interval_s = interval_s
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._live, name=name, daemon=True)
+        self._on_defect = on_defect
 
     def start(self) -> None:
         """Start the thread."""
@@ -26,4 +32,19 @@ class Worker(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """The thread's life; must not raise."""
+        """The thread's life; if it raises, it begins anew after a pause."""
+
+    def _defect(self) -> None:
+        """Count an exception that has just been logged."""
+        self._on_defect(self._thread.name)
+
+    def _live(self) -> None:
+        while True:
+            try:
+                self._run()
+                return
+            except Exception:
+                logging.getLogger(__name__).exception("the thread %s begins anew", self._thread.name)
+                self._defect()
+            if self._stop.wait(max(self._interval_s, 0.05)):
+                return

@@ -34,28 +34,7 @@ def fresh(tmp_path: Path, tiny_model) -> Iterator[TritonServer]:
 def nothing_left(server: TritonServer) -> None:
     until(lambda: not server.family(), 10.0, "the end of all processes")
     assert [p.name for p in server.log.parent.iterdir() if p.name.startswith("morphserve-")] == []
-    assert [p for p in Path("/dev/shm").iterdir() if p.name in shm_names(server)] == []
-
-
-def shm_names(server: TritonServer) -> set[str]:
-    return {p.name for p in Path("/dev/shm").glob("morphserve-*") if not run_folder_lives(p.name)}
-
-
-def run_folder_lives(name: str) -> bool:
-    folder = name.rsplit("_", 1)[0]
-    return any(folder in entry for entry in running_run_folders())
-
-
-def running_run_folders() -> list[str]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                variables = (entry / "environ").read_bytes().decode("utf-8", "replace").split("\0")
-            except OSError:
-                continue
-            found += [v for v in variables if v.startswith("MORPH_RUN_DIR=")]
-    return found
+    assert server.shared_memory() == []
 
 
 def test_sigterm_lets_an_open_stream_end(fresh: TritonServer) -> None:
@@ -111,3 +90,4 @@ def test_a_killed_launcher_leaves_nothing(fresh: TritonServer) -> None:
     fresh.process.kill()
     fresh.process.wait()
     until(lambda: not fresh.family(), 20.0, "the end of all processes")
+    assert fresh.shared_memory() == []

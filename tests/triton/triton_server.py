@@ -95,6 +95,7 @@ class TritonServer:
             if self.process.poll() is not None:
                 raise AssertionError(f"the launcher ended: {self.output()}")
             if "ready:" in self.output():
+                self._runs = [path.name for path in self.log.parent.glob("morphserve-*")]
                 return self
             time.sleep(0.05)
         raise AssertionError(f"not ready in {timeout_s} s: {self.output()}")
@@ -143,6 +144,10 @@ class TritonServer:
                 if any(v.startswith(marker) and own in v for v in variables):
                     found.append(int(entry.name))
         return found
+
+    def shared_memory(self) -> list[Path]:
+        """What is left in shared memory of this server's."""
+        return [path for run in self._runs for path in Path("/dev/shm").glob(f"{run}_*")]
 
     def stop(self, timeout_s: float = 40.0) -> int:
         """SIGTERM, then wait; the launcher's exit status."""
