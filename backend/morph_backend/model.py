@@ -117,7 +117,8 @@ class TritonPythonModel:
             raise
         self._service.attach(engine, info)
         self._start_threads(settings, recorder, (name, version), info.max_model_len)
-        self._control.say("ready", json.dumps({"model": info.model, "max_model_len": info.max_model_len}))
+        ready = {"model": info.model, "max_model_len": info.max_model_len, "pid": os.getpid()}
+        self._control.say("ready", json.dumps(ready))
 
     def _start_threads(
         self, settings: BackendSettings, recorder: MetricsRecorder, model: tuple[str, str], max_model_len: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,3 +92,59 @@ def test_a_killed_launcher_leaves_nothing(fresh: TritonServer) -> None:
     fresh.process.wait()
     until(lambda: not fresh.family(), 20.0, "the end of all processes")
     assert fresh.shared_memory() == []
+
+
+def test_a_dead_stub_ends_the_server_and_with_it_every_stream(fresh: TritonServer) -> None:
+    stream = GrpcStream(fresh).ask("hello world", {"max_tokens": 500})
+    stream.next()
+    (stub,) = (p for p in fresh.family() if "python_backend_stub" in Path(f"/proc/{p}/cmdline").read_text())
+    os.kill(stub, signal.SIGKILL)
+    assert stream.rest(20)[-1].error, "Triton alone would leave it hanging"
+    assert fresh.process.wait(20) == 1
+    assert "The server ends because the process that runs its model has died." in fresh.output()
+    nothing_left(fresh)
+
+
+def test_when_launcher_and_server_are_killed_no_process_stays(fresh: TritonServer) -> None:
+    server = next(p for p in fresh.family() if Path(f"/proc/{p}/comm").read_text().strip() == "tritonserver")
+    fresh.process.kill()
+    os.kill(server, signal.SIGKILL)
+    fresh.process.wait()
+    until(lambda: not fresh.family(), 20.0, "the end of all processes")
+
+
+@pytest.fixture
+def crowded(tmp_path: Path, tiny_model) -> Iterator[TritonServer]:
+    """64 sequences at a time and 2 s to drain."""
+    environment = {
+        "MORPH_MODEL": str(tiny_model),
+        "MORPH_MODEL_REPOSITORY": str(fake_repository(tmp_path / "repository")),
+        "MORPH_MAX_NUM_SEQS": "64",
+        "FAKE_STEP_MS": "40",
+        "MORPH_DRAIN_S": "2",
+    }
+    server = TritonServer(tmp_path, environment)
+    try:
+        yield server.wait_ready().wait_metrics()
+    finally:
+        server.stop()
+
+
+def test_sigterm_ends_64_streams_properly_within_the_grace_period(crowded: TritonServer) -> None:
+    lengths = [8 + 7 * index for index in range(64)]  # 0.3 s to 18 s
+    streams = [GrpcStream(crowded).ask("abc", {"max_tokens": length}) for length in lengths]
+    for stream in streams:
+        stream.next()
+    crowded.process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    complete = 0
+    for stream, length in zip(streams, lengths, strict=True):
+        error = stream.rest(10.0)[-1].error
+        assert error in ("", "The server is shutting down.")
+        if not error:
+            complete += 1
+            assert len(text_of(stream.responses)) == length
+    assert 1 <= complete < 64
+    assert time.monotonic() - began < 6.0
+    assert crowded.process.wait(30) == 0
+    nothing_left(crowded)

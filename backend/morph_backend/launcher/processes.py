@@ -15,6 +15,31 @@ from morph_backend.control import RUN_DIR_VARIABLE
 PROC = Path("/proc")
 
 
+class ProcessWatch:
+    """Tells whether a process has ended, by a handle of it, so that a reused id does not mislead."""
+
+    def __init__(self, pid: int) -> None:
+        try:
+            self._handle: int | None = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._handle = None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has; a zombie has."""
+        if self._handle is None:
+            return True
+        poller = select.poll()
+        poller.register(self._handle, select.POLLIN)
+        return bool(poller.poll(0))
+
+    def close(self) -> None:
+        """Let go of the handle."""
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
 def processes_of(run_folder: Path) -> list[int]:
     """Process ids whose environment names the run folder; this process never counts."""
     marker = f"{RUN_DIR_VARIABLE}={run_folder}".encode()

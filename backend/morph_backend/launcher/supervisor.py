@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import http.client
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from types import FrameType
 
 from morph_backend.control import RUN_DIR_VARIABLE, ControlFolder
 from morph_backend.launcher.launch_settings import LaunchSettings
-from morph_backend.launcher.processes import end_processes
+from morph_backend.launcher.processes import ProcessWatch, end_processes
 from morph_backend.launcher.run_folder import RunFolder
 from morph_backend.launcher.server_log import LogFilter
 from morph_backend.launcher.triton_files import TritonFiles
@@ -49,6 +50,7 @@ class Supervisor:
         self._control = ControlFolder(run.path)
         self._filter = LogFilter(_complain, settings.verbose)
         self._signals = 0
+        self._model: ProcessWatch | None = None
         self._gives_up = threading.Event()
 
     def run(self) -> int:
@@ -73,6 +75,8 @@ class Supervisor:
             return self._watch(server)
         finally:
             self._end(server)
+            if self._model is not None:
+                self._model.close()
             end_processes(self._run.path)
             self._printer.join(2.0)
 
@@ -83,6 +87,8 @@ class Supervisor:
                 return self._explain_death(server.returncode, ready)
             if (reason := self._engine_gone()) is not None:
                 return self._explain_engine(server, reason)
+            if self._model_gone():
+                return self._explain_model()
             if not ready and self._is_ready():
                 ready = True
                 self._filter.started()
@@ -130,6 +136,19 @@ class Supervisor:
         self._filter.started()
         self._filter.ending()
         _complain(f"The server ends because its engine has: {reason}")
+        return 1
+
+    def _model_gone(self) -> bool:
+        """Whether the process that runs the model has ended. Triton 2.51 does not tell: it stays healthy, new requests
+        are refused, and open streams hang for ever."""
+        if self._model is None and (told := self._control.heard("ready")) is not None:
+            self._model = ProcessWatch(json.loads(told)["pid"])
+        return self._model is not None and self._model.has_ended
+
+    def _explain_model(self) -> int:
+        self._filter.started()
+        self._filter.ending()
+        _complain("The server ends because the process that runs its model has died.")
         return 1
 
     def _explain_death(self, status: int, ready: bool) -> int:
