@@ -1,0 +1,140 @@
+"""Whether what the clients saw is right, and whether the server is as it was before."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.chaos.plan import PROMPTS, Ask, samplings
+from tests.chaos.streams import Seen
+from triton_server import TritonServer
+from wire_client import post, until
+
+NEAR_TIE = 1e-3
+"""Two tokens whose log probabilities are closer than this may change places with the batch's shape (float32)."""
+
+
+@dataclass
+class Reference:
+    """The text of an undisturbed run at level 0, token by token, with the gap between the best two of each."""
+
+    text: str
+    spelled: list[str]
+    gaps: list[float]
+
+    def tie_at(self, place: int) -> bool:
+        """Whether the token that holds character number `place`, or the one before it, was a near tie."""
+        end = 0
+        for at, token in enumerate(self.spelled):
+            end += len(token)
+            if end > place:
+                return min(self.gaps[max(0, at - 1) : at + 2]) < NEAR_TIE
+        return False
+
+
+def references(server: TritonServer, max_tokens: int) -> dict[tuple[int, str], Reference]:
+    """Run each kind of request once, alone."""
+    found = {}
+    for prompt in range(len(PROMPTS)):
+        for sampling in samplings(max_tokens):
+            body = {
+                "text_input": PROMPTS[prompt], "exclude_input_in_output": True, "return_logprobs": True,
+                "return_morph_level": True, "sampling_parameters": json.dumps({**sampling, "logprobs": 2}),
+            }  # fmt: skip
+            status, answer = post(server, body)
+            assert status == 200, answer
+            scores = [list(at.values()) for at in json.loads(answer["logprobs"])]
+            gaps = [abs(at[1]["logprob"] - at[2]["logprob"]) if len(at) > 2 else 0.0 for at in scores]
+            spelled = [at[0]["decoded_token"] for at in scores]
+            found[Ask(prompt, sampling, "", 0).reference] = Reference(answer["text_output"], spelled, gaps)
+    return found
+
+
+@dataclass
+class Verdict:
+    """What was found."""
+
+    ended: int = 0
+    left: int = 0
+    ties: int = 0
+    shifted: int = 0  # streams with tokens of quantized layers: checked up to the first of them
+    wrong: list[str] = field(default_factory=list)
+
+    def judge(self, seen: Seen, reference: Reference) -> None:
+        """Check one stream."""
+        name = f"{seen.ask.way}, {PROMPTS[seen.ask.prompt]!r}, {seen.ask.sampling}"
+        if seen.hung:
+            self.wrong.append(f"hung: {name}, after {seen.text!r}")
+        elif seen.error:
+            self.wrong.append(f"error: {name}: {seen.error}")
+        elif not seen.left and seen.ends != 1:
+            self.wrong.append(f"{seen.ends} ends: {name}")
+        else:
+            self.left += seen.left
+            self.ended += not seen.left
+            self._compare(seen, reference, name)
+
+    def _compare(self, seen: Seen, reference: Reference, name: str) -> None:
+        pure, whole = "", not seen.left
+        for piece, levels in zip(seen.pieces, seen.levels, strict=True):
+            if any(levels):
+                self.shifted += 1
+                whole = False
+                break
+            pure += piece
+        if not (pure == reference.text if whole else reference.text.startswith(pure)):
+            place = len(os.path.commonprefix([pure, reference.text]))
+            if "seed" not in seen.ask.sampling and reference.tie_at(place):
+                self.ties += 1
+            else:
+                self.wrong.append(f"wrong text: {name}: {pure!r} instead of {reference.text!r}, from {place} on")
+        if not seen.left and "stop" not in seen.ask.sampling and seen.tokens != seen.ask.sampling["max_tokens"]:
+            self.wrong.append(f"{seen.tokens} tokens: {name}")
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the server holds of the machine: by process threads, descriptors and resident MiB; and shared memory."""
+
+    threads: dict[str, int]
+    descriptors: dict[str, int]
+    resident_mib: dict[str, int]
+    shared: int
+
+
+def processes(server: TritonServer) -> dict[str, int]:
+    """The ids of tritonserver, stub and engine, as far as they live."""
+    found = {}
+    for pid in server.family():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        for name, mark in {"engine": b"engine.process", "stub": b"backend_stub", "server": b"/tritonserver"}.items():
+            if mark in command.split(b"\0--")[0] or (name == "engine" and mark in command):
+                found[name] = pid
+                break
+    return found
+
+
+def footprint(server: TritonServer) -> Footprint:
+    """The present one."""
+    pids = processes(server)
+    threads = {name: len(os.listdir(f"/proc/{pid}/task")) for name, pid in pids.items()}
+    descriptors = {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()}
+    page_mib = os.sysconf("SC_PAGE_SIZE") / 2**20
+    resident = {
+        name: round(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page_mib) for name, pid in pids.items()
+    }
+    return Footprint(threads, descriptors, resident, len(server.shared_memory()))
+
+
+def wait_idle(server: TritonServer) -> None:
+    """Everything is given back: no request anywhere, no block in use, level 0."""
+    until(lambda: server.metric("morph_engine_up") == 1, 60.0, "the engine")
+    for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "morph_kv_blocks_used", "morph_level"):
+        until(lambda name=name: server.metric(name) == 0, 30.0, f"{name} 0")
+    pending = "nv_inference_pending_request_count"
+    until(lambda: server.metric(pending, model="morph") == 0, 10.0, "an empty queue")

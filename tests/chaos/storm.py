@@ -1,0 +1,266 @@
+"""One run: clients that come and go, things done to the server, and what is found afterwards."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import check, plan, streams
+from triton_server import TritonServer, real_repository
+from wire_client import until
+
+MOST_CLIENTS = 10
+DEADLY = {"kill engine": signal.SIGKILL, "segfault engine": signal.SIGSEGV, "terminate engine": signal.SIGTERM}
+
+
+@dataclass(frozen=True)
+class Weather:
+    """How a run is to be.
+
+    Attributes:
+        seed: fixes requests, bursts and faults.
+        seconds: for which new requests come.
+        every_s: between faults; 0: none.
+        faults: which ones.
+        levels: `fixed` (full precision) or `free` (little KV cache, so that bursts bring shifts).
+        max_tokens: of the longest requests.
+        silence_s: after which a stopped engine counts as wedged.
+    """
+
+    seed: int
+    seconds: float
+    every_s: float = 5.0
+    faults: tuple[str, ...] = plan.FAULTS
+    levels: str = "fixed"
+    max_tokens: int = 180
+    silence_s: int = 4
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    weather: Weather
+    verdict: check.Verdict = field(default_factory=check.Verdict)
+    done: list[str] = field(default_factory=list)  # faults
+    pauses_s: list[float] = field(default_factory=list)  # of streams that were open when an engine ended
+    restarts: int = 0
+    expected_restarts: int = 0
+    shifts: int = 0
+    start_s: float = 0.0
+    complaints: list[str] = field(default_factory=list)
+    before: check.Footprint | None = None
+    after: check.Footprint | None = None
+
+    @property
+    def good(self) -> bool:
+        return not self.verdict.wrong and not self.complaints
+
+    def lines(self) -> Iterator[str]:
+        verdict = self.verdict
+        yield f"seed {self.weather.seed}, {self.weather.seconds:g} s, levels {self.weather.levels}"
+        yield (
+            f"streams: {verdict.ended} ended, {verdict.left} left by their client, {len(verdict.wrong)} wrong; "
+            f"{verdict.shifted} saw quantized layers, {verdict.ties} near ties"
+        )
+        yield f"faults: {', '.join(f'{self.done.count(what)} x {what}' for what in sorted(set(self.done))) or 'none'}"
+        yield f"engine: {self.restarts} restarts, {self.shifts} shifts, first start {self.start_s:.1f} s"
+        if self.pauses_s:
+            p95 = statistics.quantiles(self.pauses_s, n=20)[-1] if len(self.pauses_s) > 1 else self.pauses_s[0]
+            median = statistics.median(self.pauses_s)
+            yield f"pause of {len(self.pauses_s)} streams over an engine's end: median {median:.1f} s, p95 {p95:.1f} s"
+        yield f"before: {self.before}"
+        yield f"after:  {self.after}"
+        yield from verdict.wrong[:20]
+        yield from self.complaints
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "seed": self.weather.seed, "seconds": self.weather.seconds, "levels": self.weather.levels,
+            "streams": self.verdict.ended, "left": self.verdict.left, "wrong": len(self.verdict.wrong),
+            "near_ties": self.verdict.ties, "faults": {w: self.done.count(w) for w in sorted(set(self.done))},
+            "restarts": self.restarts, "shifts": self.shifts, "start_s": round(self.start_s, 2),
+            "pauses_s": sorted(round(p, 2) for p in self.pauses_s), "complaints": self.complaints,
+            "before": str(self.before), "after": str(self.after),
+        }  # fmt: skip
+
+
+def storm(weather: Weather, folder: Path) -> Report:
+    """Run a server in `folder` through it."""
+    engine: dict[str, Any] = {"memory": {"kv_tokens": 8192 if weather.levels == "fixed" else 1024}}
+    engine["cache"] = {"reuse": "exact"}
+    repository = real_repository(
+        folder / "repository", engine, ENGINE_SILENCE_SECONDS=str(weather.silence_s), MAX_REQUEST_SECONDS="120"
+    )
+    environment = {
+        "MORPH_MODEL_REPOSITORY": str(repository),
+        "MORPH_DTYPE": "float32",
+        "MORPH_MODE": "off" if weather.levels == "fixed" else "performance",
+        "MORPH_MAX_NUM_SEQS": "16",
+    }
+    began = time.monotonic()
+    server = TritonServer(folder, environment)
+    report = Report(weather)
+    try:
+        server.wait_ready(120).wait_metrics()
+        report.start_s = time.monotonic() - began
+        _run(server, weather, report)
+        if server.stop() != 0:
+            report.complaints.append(f"the launcher's exit status is {server.process.returncode}")
+        if left := [*server.family(), *server.shared_memory()]:
+            report.complaints.append(f"left behind: {left}")
+    finally:
+        server.stop()
+    return report
+
+
+def _run(server: TritonServer, weather: Weather, report: Report) -> None:
+    known = check.references(server, weather.max_tokens)
+    for way in sorted(set(plan.WAYS)):  # so that whatever is made at first use is there
+        for _ in range(MOST_CLIENTS):
+            streams.run(server, plan.Ask(0, plan.samplings(9)[0], way, 2), 30.0)
+    check.wait_idle(server)
+    report.before = check.footprint(server)
+    seen: list[streams.Seen] = []
+    over = threading.Event()
+    clients = Clients(server, weather, seen)
+    ends_s: list[float] = []
+    wind = threading.Thread(target=_disturb, args=(server, weather, report, ends_s, over), daemon=True)
+    wind.start()
+    clients.run()
+    wind.join(60)
+    over.set()
+    for each in seen:
+        report.verdict.judge(each, known[each.ask.reference])
+    report.pauses_s = [
+        pause for each in seen for end_s in ends_s if (pause := each.longest_pause_s(end_s)) is not None
+        and each.ask.way != "generate"
+    ]  # fmt: skip
+    check.wait_idle(server)
+    report.after = check.footprint(server)
+    _compare(report)
+    report.restarts = int(server.metric("morph_engine_restarts_total"))
+    report.shifts = int(server.metric("morph_shifts_total")) if "morph_shifts_total" in server.metrics_text() else 0
+    if report.restarts != report.expected_restarts:
+        report.complaints.append(f"{report.restarts} restarts, but {report.expected_restarts} engines were ended")
+    if "morph_backend_errors_total" in server.metrics_text() and server.metric("morph_backend_errors_total"):
+        report.complaints.append("defects in the serving process, see its log")
+
+
+def _compare(report: Report) -> None:
+    before, after = report.before, report.after
+    assert before is not None and after is not None
+    for what in ("threads", "descriptors"):
+        for name, count in getattr(before, what).items():
+            now = getattr(after, what).get(name, 0)
+            if now > count + 2:
+                report.complaints.append(f"{what} of {name}: {now}, before {count}")
+    if after.shared > before.shared:
+        report.complaints.append(f"shared memory: {after.shared} regions, before {before.shared}")
+
+
+class Clients:
+    """Threads that send one request after the other while it is their turn."""
+
+    def __init__(self, server: TritonServer, weather: Weather, seen: list[streams.Seen]) -> None:
+        self._server, self._weather, self._seen = server, weather, seen
+        self._asks = plan.asks(weather.seed, weather.max_tokens)
+        self._lock = threading.Lock()
+        self._turn = threading.Condition()
+        self._busy = 0
+        self._over = False
+
+    def run(self) -> None:
+        """From the first burst to the end of the last stream."""
+        threads = [threading.Thread(target=self._live, args=(number,), daemon=True) for number in range(MOST_CLIENTS)]
+        for thread in threads:
+            thread.start()
+        began = time.monotonic()
+        phases = plan.bursts(self._weather.seed, self._weather.seconds, MOST_CLIENTS)
+        for (_, busy), until_s in zip(phases, [*(at for at, _ in phases[1:]), self._weather.seconds], strict=True):
+            with self._turn:
+                self._busy = busy
+                self._turn.notify_all()
+            time.sleep(max(0.0, began + until_s - time.monotonic()))
+        with self._turn:
+            self._over = True
+            self._turn.notify_all()
+        for thread in threads:
+            thread.join(180)
+
+    def _live(self, number: int) -> None:
+        while True:
+            with self._turn:
+                self._turn.wait_for(lambda: self._over or number < self._busy)
+                if self._over:
+                    return
+            with self._lock:
+                ask = next(self._asks)
+            seen = streams.run(self._server, ask, 60.0)
+            with self._lock:
+                self._seen.append(seen)
+
+
+def _disturb(
+    server: TritonServer, weather: Weather, report: Report, ends_s: list[float], over: threading.Event
+) -> None:
+    if not weather.every_s:
+        return
+    began = time.monotonic()
+    faults = plan.faults(weather.seed, weather.seconds, weather.every_s, weather.faults, weather.silence_s)
+    for fault in faults:
+        if over.wait(max(0.0, began + fault.at_s - time.monotonic())):
+            return
+        until(lambda: server.metric("morph_engine_up") == 1, 60.0, "the engine")
+        pids = check.processes(server)
+        pid = pids["stub" if fault.what == "stop stub" else "engine"]
+        report.done.append(fault.what)
+        if fault.what in DEADLY:
+            ends_s.append(time.monotonic())
+            report.expected_restarts += 1
+            os.kill(pid, DEADLY[fault.what])
+            continue
+        os.kill(pid, signal.SIGSTOP)
+        if fault.what == "wedge engine":
+            _await_wedge(server, pid, report)
+        else:
+            over.wait(fault.for_s)
+            os.kill(pid, signal.SIGCONT)
+
+
+def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:
+    """A stopped engine is killed once it has requests and says nothing; without requests it is let go."""
+    handle = os.pidfd_open(pid)
+    try:
+        deadline = time.monotonic() + report.weather.silence_s + 3.0
+        while time.monotonic() < deadline:
+            if _has_ended(handle):
+                report.expected_restarts += 1
+                return
+            time.sleep(0.1)
+        signal.pidfd_send_signal(handle, signal.SIGCONT)
+        time.sleep(0.3)
+        report.expected_restarts += _has_ended(handle)
+    finally:
+        os.close(handle)
+
+
+def _has_ended(handle: int) -> bool:
+    import select
+
+    poller = select.poll()
+    poller.register(handle, select.POLLIN)
+    return bool(poller.poll(0))
+
+
+def any_seed() -> int:
+    """A seed for a run that names none."""
+    return random.SystemRandom().randrange(10**6)

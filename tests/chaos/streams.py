@@ -1,0 +1,155 @@
+"""One request as a client sees it, from its first byte to its end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import queue
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.chaos.plan import PROMPTS, Ask
+from triton_server import TritonServer
+from wire_client import GrpcStream
+
+FLAGS = ("return_finish_reason", "return_num_output_tokens", "return_morph_level")
+
+
+@dataclass
+class Seen:
+    """What came of a request.
+
+    Attributes:
+        pieces: the text of each response.
+        levels: the level of each token, by response.
+        tokens: their number, as the server counts.
+        times_s: when each response came, seconds since the request.
+        ends: responses that said they are the last.
+        error: the server's words.
+        left: the client went away on purpose.
+        hung: nothing came for too long.
+    """
+
+    ask: Ask
+    began_s: float = field(default_factory=time.monotonic)
+    pieces: list[str] = field(default_factory=list)
+    levels: list[list[int]] = field(default_factory=list)
+    tokens: int = 0
+    times_s: list[float] = field(default_factory=list)
+    ends: int = 0
+    error: str = ""
+    left: bool = False
+    hung: bool = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def take(self, text: str, levels: list[int], tokens: int, last: bool) -> None:
+        """One response."""
+        self.pieces.append(text)
+        self.levels.append(levels)
+        self.tokens += tokens
+        self.times_s.append(time.monotonic())
+        self.ends += last
+
+    def longest_pause_s(self, around_s: float) -> float | None:
+        """The pause between two responses that holds the given time; None if the stream was not open then."""
+        for before, after in zip([self.began_s, *self.times_s], self.times_s, strict=False):
+            if before <= around_s < after:
+                return after - before
+        return None
+
+
+def run(server: TritonServer, ask: Ask, patience_s: float) -> Seen:
+    """Send one request and see it through, or leave it as it says."""
+    seen = Seen(ask)
+    try:
+        if ask.way.startswith("grpc"):
+            _grpc(server, ask, seen, patience_s)
+        elif ask.way.startswith("sse"):
+            _sse(server, ask, seen, patience_s)
+        else:
+            _generate(server, ask, seen, patience_s)
+    except (queue.Empty, TimeoutError):
+        seen.hung = True
+    except (OSError, http.client.HTTPException) as error:
+        seen.error = f"{type(error).__name__}: {error}"
+    return seen
+
+
+def _grpc(server: TritonServer, ask: Ask, seen: Seen, patience_s: float) -> None:
+    stream = GrpcStream(server)
+    try:
+        stream.ask(PROMPTS[ask.prompt], ask.sampling, **dict.fromkeys(FLAGS, True))
+        while not seen.ends:
+            if "cancel" in ask.way and len(seen.pieces) >= ask.leave_after:
+                seen.left = True
+                stream.cancel()
+                return
+            response = stream.next(patience_s)
+            if response.error:
+                seen.error = response.error
+                return
+            if response.outputs:
+                finish = response.outputs["finish_reason"][0] != "None"
+                assert finish == response.final, "the last text is not the last response"
+                seen.take(
+                    response.outputs["text_output"][0], list(response.outputs["morph_level"]),
+                    response.outputs["num_output_tokens"][0], response.final,
+                )  # fmt: skip
+    finally:
+        stream.close()
+
+
+def _body(ask: Ask, stream: bool) -> bytes:
+    flags = dict.fromkeys(FLAGS, True)
+    sampling = json.dumps(ask.sampling)
+    exclude = {"exclude_input_in_output": True}
+    return json.dumps(
+        {"text_input": PROMPTS[ask.prompt], "sampling_parameters": sampling, "stream": stream, **exclude, **flags}
+    ).encode()
+
+
+def _take_json(seen: Seen, event: dict[str, Any]) -> None:
+    levels = event["morph_level"]
+    seen.take(
+        event["text_output"], levels if isinstance(levels, list) else [levels], event["num_output_tokens"],
+        event["finish_reason"] != "None",
+    )  # fmt: skip
+
+
+def _sse(server: TritonServer, ask: Ask, seen: Seen, patience_s: float) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=patience_s)
+    try:
+        connection.request("POST", "/v2/models/morph/generate_stream", _body(ask, True))
+        answer = connection.getresponse()
+        for line in answer:
+            if not line.startswith(b"data: "):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                seen.error = event["error"]
+                return
+            _take_json(seen, event)
+            if "drop" in ask.way and len(seen.pieces) >= ask.leave_after:
+                seen.left = True
+                answer.close()
+                return
+    finally:
+        connection.close()
+
+
+def _generate(server: TritonServer, ask: Ask, seen: Seen, patience_s: float) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=patience_s)
+    try:
+        connection.request("POST", "/v2/models/morph/generate", _body(ask, False))
+        answer = connection.getresponse()
+        body = json.loads(answer.read())
+        if answer.status != 200:
+            seen.error = body["error"]
+        else:
+            _take_json(seen, body)
+    finally:
+        connection.close()
