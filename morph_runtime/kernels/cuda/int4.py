@@ -24,7 +24,7 @@ BLOCK = 64
 FUSED_MAX_ROWS = 256
 """Rows of x up to which the fused kernel is the faster one (bench/gpu_kernels)."""
 
-PACK_ROWS = 32
+PACK_ROWS = 8
 """Rows of W per program of the pack kernel, and of its inverse."""
 
 
@@ -67,7 +67,9 @@ class TritonInt4Linear(GroupedInt4Kernel):
         rows, k = weight.shape
         check_weight(weight, n, GROUP * groups, first_row)
         tiny = torch.finfo(torch.bfloat16).tiny
-        pack_int4[groups, -(-rows // PACK_ROWS)](weight, codes, both, locks, first_row, rows, n, k, tiny, PACK_ROWS)
+        pack_int4[groups, -(-rows // PACK_ROWS)](
+            weight, codes, both, locks, first_row, rows, n, k, tiny, PACK_ROWS, weight.is_cuda, num_warps=1
+        )
 
     def pack_codes(self, codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensors, first_row: int = 0) -> None:
         """Pack codes [n, K]."""
@@ -108,7 +110,9 @@ class TritonInt4Linear(GroupedInt4Kernel):
         """The weights, rounded to `dtype`, in scratch: [N, K]."""
         groups, n = w["both"].shape
         weight = carve(scratch, 0, (n, GROUP * groups), self.dtype)
-        unpack_int4[groups, -(-n // PACK_ROWS)](w["codes"], w["both"], weight, n, GROUP * groups, PACK_ROWS)
+        unpack_int4[groups, -(-n // PACK_ROWS)](
+            w["codes"], w["both"], weight, n, GROUP * groups, PACK_ROWS, num_warps=1
+        )
         return weight
 
     def dequantize(self, w: Tensors) -> Tensor:
