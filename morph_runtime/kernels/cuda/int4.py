@@ -21,10 +21,10 @@ from morph_runtime.kernels.rung import GROUP
 BLOCK = 64
 """Rows of W that are stored together."""
 
-FUSED_MAX_ROWS = 256
+FUSED_MAX_ROWS = 1024
 """Rows of x up to which the fused kernel is the faster one (bench/gpu_kernels)."""
 
-PACK_ROWS = 8
+PACK_ROWS = 16
 """Rows of W per program of the pack kernel, and of its inverse."""
 
 

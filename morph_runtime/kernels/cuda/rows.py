@@ -114,14 +114,14 @@ class TritonInt8Linear(RowsLinear):
 
 
 class Fp8Linear(RowsLinear):
-    """W8 in FP8 (e4m3): W8A16 for few rows, W8A8 for many, whose activations come in FP8 with a scale per row."""
+    """W8 in FP8 (e4m3): W8A8 where the activations come in FP8 with a scale per row, which is faster; else W8A16."""
 
     name = "fp8"
     codes_dtype = torch.float8_e4m3fn
     top = FP8_MAX
     kind = "fp8"
 
-    def __init__(self, dtype: torch.dtype, w8a8_min_rows: int = 65, own_max_rows: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype, w8a8_min_rows: int = 1, own_max_rows: int = 256) -> None:
         """Measured crossovers (bench/gpu_kernels); fixed, so that results repeat.
 
         Args:
