@@ -1,7 +1,7 @@
 """W4 on a GPU: 4-bit codes in groups of 128 with scale and zero, bfloat16 tensor cores.
 
-Few rows of x: a fused kernel that reads the codes once. Many: the weights are converted to scratch and cuBLAS
-multiplies, since then the arithmetic is the limit and the conversion a small part of it.
+Up to some hundred rows of x: a fused kernel that converts codes in registers. Many: the weights are converted to
+scratch and cuBLAS multiplies, since then the arithmetic is the limit and the conversion a small part of it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morph_runtime.kernels.cuda.checks import LOCK_ROWS, check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange
 from morph_runtime.kernels.cuda.packing import pack_int4, unpack_int4
 from morph_runtime.kernels.cuda.products import int4_product
-from morph_runtime.kernels.cuda.tiles import EDGES, Tile, pick_int4
+from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_int4
 from morph_runtime.kernels.linear import FieldSpec, GroupedInt4Kernel, LinearShape, Tensors, carve
 from morph_runtime.kernels.quantize import dequantize_groups_int4
 from morph_runtime.kernels.rung import GROUP

@@ -1,7 +1,7 @@
 """W8 on a GPU: FP8 or int8 codes [N, K] as they are, with one float32 scale per output row.
 
-One layout serves every path: the fused kernel of few full-precision rows, PyTorch's FP8 product of many FP8 rows,
-and the portable path through scratch.
+One layout serves every path: our kernel of FP8 rows, PyTorch's FP8 product of very many, our kernel of
+full-precision rows, and the portable path through scratch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morph_runtime.kernels.activation import Fp8Rows
-from morph_runtime.kernels.cuda.checks import LOCK_ROWS, check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange
 from morph_runtime.kernels.cuda.jit import power_of_two
 from morph_runtime.kernels.cuda.packing import pack_rows
 from morph_runtime.kernels.cuda.products import rows_product
-from morph_runtime.kernels.cuda.tiles import EDGES, Tile, pick_fp8, pick_rows
+from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_fp8, pick_rows
 from morph_runtime.kernels.linear import FieldSpec, LinearKernel, LinearShape, Tensors, carve
 from morph_runtime.kernels.quantize import FP8_MAX
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import log2
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ class Tile:
         tiles_m, tiles_n, splits = self.grid(m, n)
         return 4 * tiles_m * self.bm * tiles_n * self.bn * splits if splits > 1 else 0
 
+
+LOCK_ROWS = 16
+"""A linear has a lock per this many rows of W."""
 
 EDGES = (8, 16, 32, 64, 128, 256)
 """The largest numbers of rows of x that one entry of a table serves; more rows take the entry after the last."""
@@ -105,16 +109,19 @@ LONG = 8192
 """K from which on a sum counts as long."""
 
 
+@lru_cache(maxsize=4096)
 def pick_int4(m: int, n: int, k: int) -> Tile:
     """The tile of W4 for x [m, k] and W [n, k]."""
     return pick(INT4, m, n, k)
 
 
+@lru_cache(maxsize=4096)
 def pick_rows(m: int, n: int, k: int) -> Tile:
     """The tile of 8-bit weights and full-precision x [m, k], W [n, k]."""
     return pick(ROWS, m, n, k)
 
 
+@lru_cache(maxsize=4096)
 def pick_fp8(m: int, n: int, k: int) -> Tile:
     """The tile of FP8 weights and FP8 rows x [m, k], W [n, k]."""
     return pick(FP8, m, n, k)
@@ -131,4 +138,6 @@ def pick(table: Table, m: int, n: int, k: int) -> Tile:
     splits = 1 << max(0, round(log2(wanted)))
     while splits * 2 * choice.tile.bk > k and splits > 1:
         splits //= 2
+    if tiles > -(-n // LOCK_ROWS):
+        splits = 1  # very few rows of W: there are not enough locks
     return replace(choice.tile, splits=splits)
