@@ -7,9 +7,6 @@ from torch import Tensor
 
 from morph_runtime.kernels.cuda.tiles import Tile
 
-LOCK_ROWS = 16
-"""Rows of W per lock: the smallest tile."""
-
 
 def check_gpu(dtype: torch.dtype, device: torch.device, capability: tuple[int, int]) -> str:
     """Why a kernel that needs this compute capability cannot serve, or an empty text."""

@@ -1,7 +1,7 @@
 """W4 on a GPU: 4-bit codes in groups of 128 with scale and zero, bfloat16 tensor cores.
 
-Few rows of x: a fused kernel that reads the codes once. Many: the weights are converted to scratch and cuBLAS
-multiplies, since then the arithmetic is the limit and the conversion a small part of it.
+Up to some hundred rows of x: a fused kernel that converts codes in registers. Many: the weights are converted to
+scratch and cuBLAS multiplies, since then the arithmetic is the limit and the conversion a small part of it.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morph_runtime.kernels.cuda.checks import LOCK_ROWS, check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange
 from morph_runtime.kernels.cuda.packing import pack_int4, unpack_int4
 from morph_runtime.kernels.cuda.products import int4_product
-from morph_runtime.kernels.cuda.tiles import EDGES, Tile, pick_int4
+from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_int4
 from morph_runtime.kernels.linear import FieldSpec, GroupedInt4Kernel, LinearShape, Tensors, carve
 from morph_runtime.kernels.quantize import dequantize_groups_int4
 from morph_runtime.kernels.rung import GROUP
@@ -21,10 +21,10 @@ from morph_runtime.kernels.rung import GROUP
 BLOCK = 64
 """Rows of W that are stored together."""
 
-FUSED_MAX_ROWS = 256
+FUSED_MAX_ROWS = 1024
 """Rows of x up to which the fused kernel is the faster one (bench/gpu_kernels)."""
 
-PACK_ROWS = 32
+PACK_ROWS = 16
 """Rows of W per program of the pack kernel, and of its inverse."""
 
 
@@ -67,7 +67,9 @@ class TritonInt4Linear(GroupedInt4Kernel):
         rows, k = weight.shape
         check_weight(weight, n, GROUP * groups, first_row)
         tiny = torch.finfo(torch.bfloat16).tiny
-        pack_int4[groups, -(-rows // PACK_ROWS)](weight, codes, both, locks, first_row, rows, n, k, tiny, PACK_ROWS)
+        pack_int4[groups, -(-rows // PACK_ROWS)](
+            weight, codes, both, locks, first_row, rows, n, k, tiny, PACK_ROWS, weight.is_cuda, num_warps=1
+        )
 
     def pack_codes(self, codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensors, first_row: int = 0) -> None:
         """Pack codes [n, K]."""
@@ -108,7 +110,9 @@ class TritonInt4Linear(GroupedInt4Kernel):
         """The weights, rounded to `dtype`, in scratch: [N, K]."""
         groups, n = w["both"].shape
         weight = carve(scratch, 0, (n, GROUP * groups), self.dtype)
-        unpack_int4[groups, -(-n // PACK_ROWS)](w["codes"], w["both"], weight, n, GROUP * groups, PACK_ROWS)
+        unpack_int4[groups, -(-n // PACK_ROWS)](
+            w["codes"], w["both"], weight, n, GROUP * groups, PACK_ROWS, num_warps=1
+        )
         return weight
 
     def dequantize(self, w: Tensors) -> Tensor:
