@@ -144,23 +144,32 @@ class CudaDevice(EngineDevice):
             graphs,
             torch.zeros(tokens, spec.hidden, dtype=parts.model.slots.dtype, device=self._device),
         )
+        self._note("before warm-up", parts.arena)
         rungs = parts.model.slots.rungs
         for rung in rungs:
             with parts.swapper.borrow(0, rung) as layer:
                 runner.warm_up(layer)
                 torch.cuda.synchronize(self._device)  # the slot is given back
         assert isinstance(parts.arena, CudaPageArena)
+        self._note("after warm-up", parts.arena)
         with parts.arena.backed():
             runner.capture(self._stream, parts.swapper.bind, rungs)
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
+        self._note("after capture", parts.arena)
         return runner
+
+    def _note(self, when: str, arena: PageArena) -> None:
+        """Log what is taken outside the arena."""
+        outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes
+        logging.getLogger(__name__).info(
+            "outside the arena %s: %.0f MiB, of which PyTorch %.0f", when, outside / 2**20,
+            torch.cuda.memory_reserved(self._device) / 2**20,
+        )  # fmt: skip
 
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:
         """See `EngineDevice.fit`."""
         assert isinstance(arena, CudaPageArena)
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes + MARGIN_BYTES
-        logging.getLogger(__name__).info("outside the arena: %.3f GiB", outside / GIB)
         if arena.total_extents == ledger.total_extents:
             return replace(ledger, workspace_bytes=outside)
         fitted = replace(

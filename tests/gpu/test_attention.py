@@ -140,8 +140,9 @@ def test_a_mixed_step() -> None:
     picks = [(i, starts[i]) for i, (length, _) in enumerate(parts) if length == 1]
     chunks = [(i, length) for i, (length, _) in enumerate(parts) if length > 1]
     splits = decode_splits(len(picks), 8, 8192, 132)
+    workspace = allocate_workspace(len(picks), 32, 128, splits, q.device)
     decode(
-        q, cache.k, cache.v, cache.tables, cache.contexts, out, allocate_workspace(len(picks), 32, 128, splits, q.device),
+        q, cache.k, cache.v, cache.tables, cache.contexts, out, workspace,
         splits=splits, scale=128**-0.5, picks=torch.tensor(picks, dtype=torch.int32, device="cuda"),
     )  # fmt: skip
     tiles = torch.tensor(prefill_tiles(chunks, tile_tokens(32, 8, 128, 2)), dtype=torch.int32, device="cuda")
