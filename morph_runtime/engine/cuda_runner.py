@@ -88,7 +88,10 @@ class CudaRunner(StepRunner):
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
         plain = all(map(_is_simple, rows))
-        size = self._graphs.size_for(batch.num_sequences) if self._graphs is not None and batch.all_decodes else 0
+        mixed = len(set(self._swapper.rungs)) > 1 or not plain
+        size = 0
+        if self._graphs is not None and batch.all_decodes:
+            size = self._graphs.size_for(batch.num_sequences, single=mixed)
         self._fill(batch, rows, size or batch.num_tokens)
         with torch.inference_mode():
             if size and len(rows) == batch.num_sequences:
@@ -214,13 +217,15 @@ class CudaRunner(StepRunner):
         count = len(self._swapper.layers)
         with torch.inference_mode():
             for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
-                graphs.capture((size, "embed"), stream, partial(self._embed, size))
-                graphs.capture((size, "head"), stream, partial(self._head, size, None))
                 for rung in rungs:
                     layers = [bind(layer, rung) for layer in range(count)]
                     graphs.capture((size, rung), stream, partial(self._whole, size, layers))
-                    for layer in layers:
-                        graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                    if size in graphs.layer_sizes:
+                        for layer in layers:
+                            graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                if size in graphs.layer_sizes:
+                    graphs.capture((size, "embed"), stream, partial(self._embed, size))
+                    graphs.capture((size, "head"), stream, partial(self._head, size, None))
 
     def _warm_mixed(self, tokens: int, layer: LayerWeights) -> None:
         """A chunk, and a decode if there is room, that read block 0 throughout; nothing is written."""
