@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange, fitted
 from morph_runtime.kernels.cuda.packing import pack_int4, unpack_int4
 from morph_runtime.kernels.cuda.products import int4_product
 from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_int4
@@ -98,6 +98,7 @@ class TritonInt4Linear(GroupedInt4Kernel):
         """The fused product with a given tile; x [M, K] bfloat16 -> [M, N]."""
         m, k = x.shape
         n = w["both"].shape[1]
+        tile = fitted(tile, x, 0.5)
         y = torch.empty((m, n), dtype=x.dtype, device=x.device)
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         int4_product[tile.grid(m, n)](

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morph_runtime.kernels.activation import Fp8Rows
-from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange, fitted
 from morph_runtime.kernels.cuda.jit import power_of_two
 from morph_runtime.kernels.cuda.packing import pack_rows
 from morph_runtime.kernels.cuda.products import rows_product
@@ -82,6 +82,7 @@ class RowsLinear(LinearKernel):
     ) -> Tensor:
         m, k = x.shape
         n = codes.shape[0]
+        tile = fitted(tile, x, 1)
         y = torch.empty((m, n), dtype=self.dtype, device=x.device)
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         rows_product[tile.grid(m, n)](
