@@ -2,8 +2,8 @@
 
 A level is reached layer by layer, so a graph for every level and batch size would be thousands. Where every layer
 has the same rung (no load, or the end of a rung) one graph holds the step; in between a step is a chain of short
-graphs, which costs the GPU about 2.6 us a layer, at half the batch sizes. All are captured at start: a capture runs nothing, so a slot needs
-memory only while it is captured, one layer at a time, and addresses never change afterwards.
+graphs, which costs the GPU about 2.6 us a layer, at half the batch sizes. All are captured at start, for addresses
+never change; a capture runs nothing, so the slots need no memory of their own (`CudaPageArena.backed`).
 """
 
 from __future__ import annotations

@@ -114,21 +114,32 @@ def pack_int4(
         tl.store(locks + target // 16, tl.zeros((rows,), tl.int32), mask=inside & (target % 16 == 0))
 
 
-@kernel
+@kernel_with_varying(["first_row", "last_row"])
 def unpack_int4(
-    codes: tl.tensor, both: tl.tensor, weight: tl.tensor, n: tl.tensor, k: tl.tensor, rows: tl.constexpr
+    codes: tl.tensor,
+    both: tl.tensor,
+    weight: tl.tensor,
+    first_row: tl.tensor,
+    last_row: tl.tensor,
+    n: tl.tensor,
+    k: tl.tensor,
+    rows: tl.constexpr,
 ) -> None:
-    """The weights (code - 8) * scale + zero, rounded once to the type of `weight` [n, k]; one group per program."""
+    """The weights (code - 8) * scale + zero of [n, k] from `first_row` to before `last_row`; one group per program.
+
+    Rounded once to the type of `weight`, which begins with that row.
+    """
     group = tl.program_id(0)
-    row = tl.program_id(1) * rows + tl.arange(0, rows)
-    inside = row < n
+    part = tl.program_id(1) * rows + tl.arange(0, rows)
+    row = first_row + part
+    inside = row < last_row
     slot = ((row // 64).to(tl.int64) * (k // 128) + group) * 64 + row % 64
     packed = tl.load(codes + slot[:, None] * 64 + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0)
     packed = from_lanes(packed, rows, 64)
     pair = tl.load(both + group * n + row, mask=inside, other=0)
     scale = (pair << 16).to(tl.float32, bitcast=True)[:, None]
     zero = (pair & -65536).to(tl.float32, bitcast=True)[:, None]
-    place = row.to(tl.int64)[:, None] * k + group * 128 + tl.arange(0, 64)[None, :]
+    place = part.to(tl.int64)[:, None] * k + group * 128 + tl.arange(0, 64)[None, :]
     low = ((packed & 15).to(tl.float32) - 8) * scale + zero
     high = ((packed >> 4).to(tl.float32) - 8) * scale + zero
     tl.store(weight + place, low.to(weight.dtype.element_ty), mask=inside[:, None])
