@@ -14,6 +14,8 @@ from morph_runtime.kernels.activation import Fp8Rows
 from morph_runtime.kernels.cuda.jit import follow, kernel, overlap_options, overlaps, power_of_two
 
 FP8 = torch.float8_e4m3fn
+FEW_ROWS = 32
+"""So few rows leave processors idle: more warps each are faster (activation in FP8, 1 row: 3.0 against 3.6 µs)."""
 SWIGLU_TILE = 1024
 """Values per program of the activation without FP8."""
 
@@ -129,9 +131,9 @@ def _quantize_rows(
     _store_fp8(values, out, scales, row, columns, width)
 
 
-def _warps(block: int) -> int:
-    """Warps of a program that holds a row: 16 values a thread, 4 to 32 warps."""
-    return min(max(block // 512, 4), 32)
+def _warps(block: int, rows: int) -> int:
+    """Warps of a program that holds a row: 16 values a thread, 4 to 16 warps; with few rows, up to 32."""
+    return min(max(block // 512, 4), 32 if rows <= FEW_ROWS else 16)
 
 
 def _check_rows(name: str, x: Tensor) -> tuple[int, int]:
@@ -189,7 +191,7 @@ def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, f
         fp8,
         block,
         overlap,
-        num_warps=_warps(block),
+        num_warps=_warps(block, rows),
         **overlap_options(overlap),
     )
     return out
@@ -223,7 +225,7 @@ def swiglu(gate_up: Tensor, fp8: bool = False) -> Tensor | Fp8Rows:
             width,
             block,
             overlap,
-            num_warps=_warps(block),
+            num_warps=_warps(block, rows),
             **overlap_options(overlap),
         )
         return quantized
@@ -246,6 +248,6 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
     out = _fp8_rows(rows, width, x.device)
     block = power_of_two(width)
     _quantize_rows[(rows,)](
-        x, *out, x.stride(0), width, block, overlap, num_warps=_warps(block), **overlap_options(overlap)
+        x, *out, x.stride(0), width, block, overlap, num_warps=_warps(block, rows), **overlap_options(overlap)
     )
     return out

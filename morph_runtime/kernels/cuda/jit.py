@@ -32,13 +32,19 @@ def power_of_two(n: int) -> int:
 
 @kernel
 def follow() -> None:
-    """Wait for the kernel before, and let the next one take its place on the processors.
+    """Let the next kernel take its place on the processors early, and wait for the kernel before.
 
     First in each kernel launched with `overlap_options`. A kernel that waits ends after the one before it, so what
     all earlier kernels wrote is there too.
     """
     gdc_launch_dependents()
     gdc_wait()
+
+
+@kernel
+def lead() -> None:
+    """Let the next kernel, if it begins with `follow`, take its place on the processors early."""
+    gdc_launch_dependents()
 
 
 @cache
