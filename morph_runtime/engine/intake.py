@@ -102,7 +102,12 @@ class Intake:
         self._grammars.close()
 
     def _is_computed(self, key: int) -> bool:
-        """Whether a request's prompt was computed and recorded, as it is once its first token is known; or its end."""
+        """Whether a request's prompt was computed and recorded, as it is once its first token is known.
+
+        True as well of a request that has ended, and of 0, which means nobody.
+        """
+        if key == 0:
+            return True
         row = self._rows.get(key)
         if row is None:
             return key not in self._held
