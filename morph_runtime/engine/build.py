@@ -14,6 +14,9 @@ from morph_runtime.engine.intake import Intake
 from morph_runtime.engine.opening import open_checkpoint, open_pack
 from morph_runtime.engine.runner import CpuRunner
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.attention_cpu import CpuPagedAttention
+from morph_runtime.kernels.kv_format import FORMATS, KVFormat
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
 from morph_runtime.memory.cpu import CpuPageArena
 from morph_runtime.memory.fence import CpuOrder
@@ -53,9 +56,10 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
     model = open_pack(config, folder) if is_pack(folder) else open_checkpoint(config, folder)
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
     dtype, rungs = slots.dtype, slots.rungs
-    layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, config.memory.block_tokens, dtype)
+    kv_format = FORMATS[config.memory.kv_dtype](dtype)
+    layout = _kv_layout(config, spec, kv_format)
 
-    ledger = _cut_budget(config, spec, layout, static.static_bytes, slots)
+    ledger = _cut_budget(config, spec, layout, kv_format, static.static_bytes, slots)
     arena = CpuPageArena(ledger.total_extents, ledger.extent_bytes, config.memory.prefault)
     static_range = arena.reserve("static", static.static_bytes)
     arena.map(static_range, 0, static_range.extents)
@@ -74,7 +78,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
     resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, order)
     resizer.grow()
     scratch = torch.empty(slots.scratch_bytes, dtype=torch.uint8)
-    decoder = Decoder(spec, static.bind(static_slot), cache, scratch, max_model_len)
+    decoder = Decoder(spec, static.bind(static_slot), cache, scratch, max_model_len, kv_format)
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
@@ -83,6 +87,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
             config=config,
             spec=spec,
             dtype=dtype,
+            kv_format=kv_format,
             ledger=ledger,
             capacities=capacities,
             max_model_len=max_model_len,
@@ -101,8 +106,34 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
     )
 
 
+def _kv_layout(config: EngineConfig, spec: ModelSpec, kv_format: KVFormat) -> KVLayout:
+    """Each plane contiguous; with scales beside the elements, which no extent is a multiple of, all planes in one
+    range, which keeps the growth quantum small.
+
+    Raises:
+        ConfigError: attention cannot serve `memory.kv_dtype` for this model.
+    """
+    block_tokens = config.memory.block_tokens
+    shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, spec.max_positions)
+    fits, reason = CpuPagedAttention.can_implement(shape, kv_format)
+    if not fits:
+        raise ConfigError(
+            f"memory.kv_dtype is {config.memory.kv_dtype}, which attention on {config.device} does not serve: {reason}."
+        )
+    side_bytes = kv_format.side_bytes(block_tokens, spec.kv_heads)
+    return KVLayout(
+        spec.layers, spec.kv_heads, spec.head_dim, block_tokens, kv_format.element, side_bytes,
+        planes_per_range=2 * spec.layers if side_bytes else 1,
+    )  # fmt: skip
+
+
 def _cut_budget(
-    config: EngineConfig, spec: ModelSpec, layout: KVLayout, static_bytes: int, slots: LayerSlots
+    config: EngineConfig,
+    spec: ModelSpec,
+    layout: KVLayout,
+    kv_format: KVFormat,
+    static_bytes: int,
+    slots: LayerSlots,
 ) -> Ledger:
     """The ledger for these settings; raises ConfigError if the budget is too small."""
     memory = config.memory
@@ -121,11 +152,13 @@ def _cut_budget(
         ladder=config.morph.ladder,
         quantum=layout.quantum(extent_bytes),
         min_blocks=-(-max(config.model.max_model_len, MIN_CONTEXT) // memory.block_tokens),
-        workspace_bytes=_workspace_bytes(config, spec, layout, slots, budget),
+        workspace_bytes=_workspace_bytes(config, spec, layout, kv_format, slots, budget),
     )
 
 
-def _workspace_bytes(config: EngineConfig, spec: ModelSpec, layout: KVLayout, slots: LayerSlots, budget: int) -> int:
+def _workspace_bytes(
+    config: EngineConfig, spec: ModelSpec, layout: KVLayout, kv_format: KVFormat, slots: LayerSlots, budget: int
+) -> int:
     """Upper bound of what a step and a shift allocate outside the arena."""
     block_tokens = config.memory.block_tokens
     kv_tokens = budget // layout.block_bytes * block_tokens if budget else config.memory.kv_tokens
@@ -134,7 +167,7 @@ def _workspace_bytes(config: EngineConfig, spec: ModelSpec, layout: KVLayout, sl
     tokens = config.scheduler.max_num_batched_tokens
     # Logits three times: the scores, their copy that sampling works on, and raw log probabilities.
     logits = 3 * 4 * config.scheduler.max_num_seqs * spec.vocab
-    step = Decoder.workspace_for(spec, longest, block_tokens, layout.dtype, tokens)
+    step = Decoder.workspace_for(spec, longest, block_tokens, kv_format, tokens)
     return step + logits + slots.scratch_bytes + slots.staging_bytes + PRIMITIVE_CACHE_BYTES
 
 

@@ -20,6 +20,7 @@ from morph_runtime.engine.messages import (
     TokenDelta,
 )
 from morph_runtime.engine.runner import StepRunner
+from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
@@ -43,6 +44,7 @@ class EngineParts:
     config: EngineConfig
     spec: ModelSpec
     dtype: torch.dtype
+    kv_format: KVFormat
     ledger: Ledger
     capacities: tuple[int, ...]
     max_model_len: int
@@ -239,6 +241,8 @@ class Engine:
             max_model_len=parts.max_model_len,
             max_num_seqs=parts.config.scheduler.max_num_seqs,
             block_tokens=parts.config.memory.block_tokens,
+            kv_dtype=parts.kv_format.name,
+            kv_block_bytes=parts.cache.layout.block_bytes,
             base_blocks=parts.capacities[0],
             level_max=len(parts.capacities) - 1,
             ladder=list(parts.config.morph.ladder),
