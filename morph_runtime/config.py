@@ -21,6 +21,7 @@ DTYPES = ("auto", "bfloat16", "float32")
 RUNGS = ("w8", "w4")
 KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
+OVERLAPS = ("auto", "on", "off")
 BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -140,10 +141,18 @@ class EngineConfig:
     kernels: KernelSettings = field(default_factory=KernelSettings)
     device: str = "cpu"
     """`cpu` (CUDA follows)."""
+    overlap: str = "auto"
+    """Schedule the next step while the device runs the present one: `on`, `off`, or `auto`, on for devices that run
+    beside the host (not `cpu`)."""
     stats_interval_s: float = 0.2
     """Seconds between statistics snapshots."""
     check_integrity: bool = False
     """Run the integrity check after every step (tests); it always runs when the engine goes idle."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the one ahead of it is resolved."""
+        return self.overlap == "on" or (self.overlap == "auto" and self.device != "cpu")
 
     def to_json(self) -> str:
         """The tree as JSON; `from_mapping(json.loads(...))` gives it back."""
@@ -173,17 +182,19 @@ class EngineConfig:
             text = env.get(name, "")
             if text == "":
                 continue
-            section = getattr(config, group)
+            section = getattr(config, group) if group else config
             kind = get_type_hints(type(section))[key]
             try:
                 value = _parse(kind, text)
             except ValueError:
                 raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {text!r}.") from None
-            config = replace(config, **{group: replace(section, **{key: value})})
+            changed: dict[str, Any] = {key: value}
+            config = replace(config, **({group: replace(section, **changed)} if group else changed))
         validate(config)
         return config
 
 
+# Variable -> (section, field); the section of a field of the tree's root is empty.
 ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODEL": ("model", "path"),
     "MORPH_AWQ": ("model", "awq_path"),
@@ -197,6 +208,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MAX_NUM_BATCHED_TOKENS": ("scheduler", "max_num_batched_tokens"),
     "MORPH_PREFIX_CACHE": ("cache", "prefix"),
     "MORPH_PREFIX_REUSE": ("cache", "reuse"),
+    "MORPH_OVERLAP": ("", "overlap"),
     "MORPH_MODE": ("morph", "mode"),
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
@@ -241,6 +253,7 @@ def validate(config: EngineConfig) -> None:
     _one_of("cache.reuse", config.cache.reuse, REUSES)
     _one_of("morph.mode", config.morph.mode, MODES)
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("overlap", config.overlap, OVERLAPS)
     _one_of("device", config.device, ("cpu",))
     for rung in config.morph.ladder:
         _one_of("morph.ladder", rung, RUNGS)

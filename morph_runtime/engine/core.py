@@ -1,9 +1,14 @@
-"""The engine's heart: `step()` schedules, runs, samples and publishes; between steps layers and KV may change."""
+"""The engine's heart: `step()` schedules, launches, resolves and publishes; between steps layers and KV may change.
+
+With `overlap`, a step is scheduled and launched while the one before it still runs, and that one is resolved after
+it (at most one is in flight when `step` returns). Without, each is resolved at once: the same calls in another order.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 
@@ -19,7 +24,7 @@ from morph_runtime.engine.messages import (
     Submit,
     TokenDelta,
 )
-from morph_runtime.engine.runner import StepRunner
+from morph_runtime.engine.runner import Launched, StepRunner
 from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
@@ -32,9 +37,10 @@ from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.signals import LoadStatistics
 from morph_runtime.morph.swapper import LayerSwapper
-from morph_runtime.sampling.sampler import Sampled
-from morph_runtime.scheduler import Request, Scheduler, StepPlan
+from morph_runtime.scheduler import Request, RequestState, Scheduler, StepPlan
 from morph_runtime.weights.spec import ModelSpec
+
+NEEDS_VALUES = attrgetter("needs_values")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,29 @@ class EngineParts:
     runner: StepRunner
 
 
+@dataclass(frozen=True)
+class Flight:
+    """A step between its launch and its resolution; `sampling` are the requests of its rows."""
+
+    plan: StepPlan
+    sampling: list[Request]
+    launched: Launched
+    level: int
+    began_s: float
+    needs_values: bool
+    """The step after it cannot be launched before the values that this one samples are known."""
+
+
+@dataclass
+class News:
+    """What the next `StepOutput` tells."""
+
+    tokens: list[TokenDelta] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    resolved: bool = False
+    """A step has been resolved."""
+
+
 class Engine:
     """Single-threaded: one loop calls everything here."""
 
@@ -71,7 +100,11 @@ class Engine:
         self._next_decision_s = 0.0
         self._steps = 0
         self._step_seconds = 0.0
-        self._cancelled: list[Finished] = []
+        self._resolved_s = 0.0
+        self._overlaps = parts.config.overlaps
+        self._flight: Flight | None = None
+        self._news = News()
+        parts.shifter.before_change(self.settle)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -89,13 +122,13 @@ class Engine:
         )
 
     def cancel(self, key: int) -> None:
-        """End a request and free its blocks at once; an unknown key has ended already."""
+        """End a request; its blocks are free at once or after the step in flight. An unknown key has ended already."""
         request = self._parts.intake.cancel(key)
         if request is not None:
             if request.output_len:
                 # Stop strings are matched outside and end requests this way: their lengths count like any other's.
                 self._statistics.finished(request, time.monotonic())
-            self._cancelled.append(Finished(key, "cancelled", "", request.preemptions))
+            self._news.finished.append(Finished(key, "cancelled", "", request.preemptions))
 
     def queue_signal(self, signal: QueueSignal) -> None:
         """What the outer queue shows."""
@@ -117,8 +150,10 @@ class Engine:
 
     @property
     def has_requests(self) -> bool:
-        """Whether any request is running or waiting."""
+        """Whether any request is running or waiting, or what a step sampled is still to be told."""
         scheduler = self._parts.scheduler
+        if self._flight is not None or self._news.resolved:
+            return True
         return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_compiling > 0
 
     @property
@@ -134,7 +169,7 @@ class Engine:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self, decide: bool = True) -> StepOutput | None:
-        """Run one step; None if there was nothing to run or to tell.
+        """Launch one step and resolve one; None if there was nothing to run or to tell.
 
         Args:
             decide: whether the controller may act (scripted level schedules say no).
@@ -144,60 +179,69 @@ class Engine:
         if decide and began >= self._next_decision_s:
             self._decide(began)
         scheduler, intake = self._parts.scheduler, self._parts.intake
-        finished, self._cancelled = self._cancelled + intake.admit(), []
-        level = self.level
-        plan = scheduler.schedule(level)
+        self._news.finished += intake.admit()
+        if self._flight is not None and (self._flight.needs_values or scheduler.must_preempt):
+            self.settle()
+        plan = scheduler.schedule(self.level)
         for request in plan.started:
             request.started_s = began
-        tokens: list[TokenDelta] = []
-        if plan.slices:
-            sampling, sampled = self._run(plan)
-            now = time.monotonic()
-            tokens, ended = self._book(plan, sampling, sampled, level, now)
-            finished += ended
-            self._steps += 1
-            self._step_seconds += now - began
+        launched = self._launch(plan, began) if plan.slices else None
+        self.settle()
+        self._flight = launched
+        if not self._overlaps:
+            self.settle()
         if self._parts.config.check_integrity:
             self.check_integrity()
-        if not (plan.slices or finished):
+        news, self._news = self._news, News()
+        if not (plan.slices or news.resolved or news.finished):
             return None
         return StepOutput(
             started=[r.key for r in plan.started],
             started_cached=[r.cached_tokens for r in plan.started],
-            tokens=tokens,
-            finished=finished,
+            tokens=news.tokens,
+            finished=news.finished,
             waiting=scheduler.num_waiting + intake.num_compiling,
             running=scheduler.num_running,
         )
 
-    def _run(self, plan: StepPlan) -> tuple[list[Request], Sampled]:
-        """Forward and sample; the requests whose next token was asked for, and what was chosen, in their order."""
-        batch, sampling = make_batch(plan, self._parts.config.memory.block_tokens)
-        rows = [self._parts.intake.row(r) for r in sampling]
-        return sampling, self._parts.runner.launch(batch, rows, None).result()
+    def settle(self) -> None:
+        """Wait for the step in flight and book it; what came of it is told by the next `step`."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._book(flight)
 
-    def _book(
-        self, plan: StepPlan, sampling: list[Request], sampled: Sampled, level: int, now: float
-    ) -> tuple[list[TokenDelta], list[Finished]]:
-        """Give the chosen tokens to their requests; what to tell of them, and the requests that have ended."""
-        scheduler, intake = self._parts.scheduler, self._parts.intake
-        ended: list[Finished] = []
-        for request, detail in intake.failures(sampling):
-            plan.slices = [part for part in plan.slices if part.request is not request]
-            intake.cancel(request.key)
-            ended.append(Finished(request.key, "invalid", detail, request.preemptions))
-        gone = {finished.key for finished in ended}
-        chosen = {r.key: token for r, token in zip(sampling, sampled.tokens, strict=True) if r.key not in gone}
-        for request, reason in scheduler.complete(plan, chosen, level):
+    def _launch(self, plan: StepPlan, began: float) -> Flight:
+        """Begin the step of a plan; its requests move on."""
+        parts = self._parts
+        batch, sampling = make_batch(plan, parts.config.memory.block_tokens)
+        rows = parts.intake.rows(sampling)
+        previous = self._flight.launched if self._flight is not None else None
+        launched = parts.runner.launch(batch, rows, previous)
+        parts.scheduler.advance(plan)
+        needs_values = any(map(NEEDS_VALUES, rows))
+        return Flight(plan, sampling, launched, self.level, began, needs_values)
+
+    def _book(self, flight: Flight) -> None:
+        """Give the tokens of a step to those of its requests that are still there, and see who has ended."""
+        scheduler, intake, news = self._parts.scheduler, self._parts.intake, self._news
+        sampled = flight.launched.result()
+        now = time.monotonic()
+        if flight.needs_values:
+            for request, detail in intake.failures(flight.sampling):
+                intake.cancel(request.key)
+                news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
+        levels, scores = [flight.level], sampled.logprobs
+        for row, (request, token) in enumerate(zip(flight.sampling, sampled.tokens, strict=True)):
+            if request.state is RequestState.RUNNING:  # else it has ended since the launch
+                news.tokens.append(TokenDelta(request.key, [token], levels, [scores[row]] if row in scores else []))
+        for request, reason in scheduler.resolve(flight.plan, sampled.tokens, flight.level):
             self._statistics.finished(request, now)
-            ended.append(Finished(request.key, reason, "", request.preemptions))
+            news.finished.append(Finished(request.key, reason, "", request.preemptions))
             intake.forget(request.key)
-        tokens = []
-        for at, request in enumerate(sampling):
-            if request.key in chosen:
-                scores = [sampled.logprobs[at]] if at in sampled.logprobs else []
-                tokens.append(TokenDelta(request.key, [chosen[request.key]], [level], scores))
-        return tokens, ended
+        news.resolved = True
+        self._steps += 1
+        self._step_seconds += now - max(flight.began_s, self._resolved_s)
+        self._resolved_s = now
 
     def _decide(self, now: float) -> None:
         settings, shifter = self._parts.config.morph, self._parts.shifter
@@ -289,7 +333,9 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End background work and release the arena."""
+        """End background work and release the arena; the step in flight is waited for first."""
+        if self._flight is not None:
+            self._flight.launched.result()
         self._parts.intake.close()
         self._parts.swapper.close()
         self._parts.arena.close()

@@ -54,16 +54,17 @@ class Intake:
         self._rows.pop(key, None)
         return self._scheduler.cancel(key)
 
-    def row(self, request: Request) -> SamplingRow:
-        """The sampling state of a request that is in the scheduler."""
-        return self._rows[request.key]
+    def rows(self, requests: Iterable[Request]) -> list[SamplingRow]:
+        """The sampling state of requests that are in the scheduler."""
+        rows = self._rows
+        return [rows[request.key] for request in requests]
 
     def failures(self, requests: Iterable[Request]) -> list[tuple[Request, str]]:
-        """Those whose grammar can go no further, each with a sentence for its client."""
+        """Those whose grammar can go no further, each with a sentence for its client. Ended requests have none."""
         failed = []
         for request in requests:
-            matcher = self._rows[request.key].matcher
-            if matcher is not None and (detail := matcher.error):
+            row = self._rows.get(request.key)
+            if row is not None and row.matcher is not None and (detail := row.matcher.error):
                 failed.append((request, detail))
         return failed
 

@@ -53,8 +53,8 @@ class CudaPageArena(PageArena):
         free, _ = torch.cuda.mem_get_info(device)
         if total_extents * extent_bytes > free:
             raise ConfigError(
-                f"memory.budget_gib needs {total_extents * extent_bytes / 2**30:.3f} GiB for the arena, but the GPU has "
-                f"{free / 2**30:.3f} GiB free."
+                f"memory.budget_gib needs {total_extents * extent_bytes / 2**30:.3f} GiB for the arena, but the GPU "
+                f"has {free / 2**30:.3f} GiB free."
             )
         try:
             for _ in range(total_extents):

@@ -36,6 +36,11 @@ class DoneFence(Fence):
 class DeviceOrder(ABC):
     """The order in which a device runs the steps of the engine."""
 
+    @property
+    @abstractmethod
+    def queues(self) -> bool:
+        """Whether steps are put into a queue, so that what is enqueued later finds them done."""
+
     @abstractmethod
     def fence(self) -> Fence:
         """Behind all that has been enqueued for steps so far."""
@@ -43,6 +48,11 @@ class DeviceOrder(ABC):
 
 class CpuOrder(DeviceOrder):
     """A CPU's work is over when the call returns."""
+
+    @property
+    def queues(self) -> bool:
+        """It has none."""
+        return False
 
     def fence(self) -> Fence:
         """Done from the start."""

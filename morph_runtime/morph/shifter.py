@@ -55,6 +55,7 @@ class LevelShifter:
         self._capacities = capacities
         self._order = order
         self._clock = clock
+        self._before_change: Callable[[], None] = lambda: None
         self._direction = 0
         self._begun = 0
         """The level once all changes under way have flipped."""
@@ -66,6 +67,12 @@ class LevelShifter:
         self.level = 0
         self.target = 0
         self.counters = ShiftCounters()
+
+    def before_change(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called before KV blocks move and, unless the device puts a change behind the step that runs,
+        before a layer flips. It returns when no step runs.
+        """
+        self._before_change = callback
 
     @property
     def busy(self) -> bool:
@@ -128,6 +135,7 @@ class LevelShifter:
         if self._room >= self._begun:
             # The whole bundle at once if live KV allows, else one layer.
             for goal in (max(self.target, self._begun - self._swapper.depth), self._begun - 1):
+                self._before_change()
                 try:
                     self._resizer.lower(self._capacities[goal])
                 except CannotShrink as reason:
@@ -146,6 +154,8 @@ class LevelShifter:
     def _flip(self) -> None:
         """Flip every layer that is filled, in the order in which they began."""
         while self._swapper.is_ready:
+            if not self._order.queues:
+                self._before_change()
             try:
                 change = self._swapper.commit(self._order.fence)
             except (ConfigError, OSError) as reason:

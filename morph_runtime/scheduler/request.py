@@ -24,12 +24,13 @@ class Request:
 
     Attributes:
         key: unique id.
-        tokens: prompt followed by output.
+        tokens: prompt followed by output. The newest may be unknown as yet, while the step that samples it runs:
+            it is negative then, -1 - its row among those that the step samples.
         prompt_len: tokens of the prompt.
         sampling: validated parameters.
         priority: 0 is the highest.
         arrival_s: monotonic seconds.
-        computed: leading tokens whose keys and values are in the KV cache.
+        computed: leading tokens whose keys and values are in the KV cache once the steps in flight are over.
         blocks: block ids (32 bits each), in token order; `len(blocks) * block_tokens >= computed`.
         levels: the level at which each output token was computed.
         shared: how many of `blocks` others held already when it was admitted.
@@ -38,6 +39,8 @@ class Request:
         order: sort key; more urgent requests compare smaller.
         preemptions: how often the request lost its blocks.
         started: whether it has been scheduled at least once.
+        flights: steps in flight that work on it; its blocks are not freed before they are over.
+        limit: tokens at which it ends, whatever they are; set by the scheduler.
     """
 
     key: int
@@ -55,6 +58,8 @@ class Request:
     preemptions: int = 0
     started: bool = False
     started_s: float = 0.0
+    flights: int = 0
+    limit: int = 0
     state: RequestState = RequestState.WAITING
     order: tuple[int, float, int] = field(init=False)
 
@@ -63,7 +68,7 @@ class Request:
 
     @property
     def output_len(self) -> int:
-        """Tokens generated so far."""
+        """Tokens generated so far, an unknown one included."""
         return len(self.tokens) - self.prompt_len
 
     @property

@@ -5,13 +5,19 @@ A step serves every decode first, then prefills that have begun, then admits fro
 in order of (priority, arrival). A request is admitted only when blocks for all its known tokens
 are free beyond the watermark, so a prefill that has begun never waits for blocks. What the prefix
 cache holds of a request is decided with its admission: live blocks that it shares need no room.
+
+A step goes through three calls: `schedule` chooses it, `advance` moves the requests on once it is
+launched, `resolve` books what it sampled. The next step may be scheduled and launched before the one in
+flight is resolved. What makes that right: tokens that are not known yet hold their places; a block stays with
+its request until every step in flight that works on it is over; nobody is preempted and no block moves
+while a step is in flight; and blocks are offered to the prefix cache only when they are resolved.
 """
 
 from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -67,6 +73,9 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._running = Line()
         self._waiting = Line()
+        self._in_flight = 0
+        self._leaving: set[Request] = set()
+        """Finished requests whose blocks a step in flight still uses."""
         self.preemptions = 0
         self.prefix_queries = 0
         """Tokens of all requests that were scheduled for the first time."""
@@ -80,10 +89,15 @@ class Scheduler:
         if request.key in self._requests:
             raise IntegrityError(f"Request key {request.key} is already in use.")
         self._requests[request.key] = request
+        end = min(request.prompt_len + request.sampling.max_tokens, self._max_model_len)
+        request.limit = max(end, request.prompt_len + 1)
         self._waiting.add(request)
 
     def cancel(self, key: int) -> Request | None:
-        """End a request at once and free its blocks; None if it is unknown (already finished)."""
+        """End a request at once; None if it is unknown (already finished).
+
+        Its blocks are free, or will be when the steps in flight that use them are resolved.
+        """
         request = self._requests.get(key)
         if request is not None:
             self._finish(request)
@@ -122,18 +136,38 @@ class Scheduler:
 
     # -- one step ------------------------------------------------------------------------------------------------
 
+    @property
+    def must_preempt(self) -> bool:
+        """Whether the decodes that run need more blocks than there are. The step in flight is resolved first then."""
+        if self._pool.num_free >= len(self._running):
+            return False
+        size = self._block_tokens
+        return self._pool.num_free < sum(r.is_decoding and r.computed == len(r.blocks) * size for r in self._running)
+
     def schedule(self, level: int) -> StepPlan:
-        """Choose the tokens of the next step, which runs at `level`, and take the blocks they need."""
+        """Choose the tokens of the next step, which runs at `level`, and take the blocks they need.
+
+        Raises:
+            IntegrityError: a step is in flight though `must_preempt`.
+        """
         plan = StepPlan()
         budget = self._settings.max_num_batched_tokens
+        size = self._block_tokens
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running:
-            (decoding if request.is_decoding else prefilling).append(request)
+            known = len(request.tokens)
+            if request.computed == known - 1 and known > request.prompt_len:
+                if known < request.limit:  # else its last token is being sampled
+                    decoding.append(request)
+            else:
+                prefilling.append(request)
         for request in decoding:
             if budget == 0:
                 break
-            if request.state is RequestState.RUNNING and self._extend(request, plan):
+            if request.state is not RequestState.RUNNING:
+                continue
+            if request.computed < len(request.blocks) * size or self._extend(request, plan):
                 plan.slices.append(ScheduledSlice(request, request.computed, 1, True))
                 budget -= 1
         for request in prefilling:
@@ -142,35 +176,69 @@ class Scheduler:
             self._admit(budget, level, plan)
         return plan
 
-    def complete(self, plan: StepPlan, sampled: Mapping[int, int], level: int) -> list[tuple[Request, str]]:
-        """Book a step that has run.
+    def advance(self, plan: StepPlan) -> None:
+        """Move the requests of a step on that has been launched: what it samples stands in their tokens as unknown."""
+        self._in_flight += 1
+        row = -1
+        for request, start, length, samples in plan.slices:
+            request.computed = start + length
+            request.flights += 1
+            if samples:
+                request.tokens.append(row)
+                row -= 1
+
+    def resolve(self, plan: StepPlan, sampled: Sequence[int], level: int) -> list[tuple[Request, str]]:
+        """Book a step that has run; steps are resolved in the order in which they were advanced.
+
+        What it sampled for requests that have finished meanwhile is dropped.
 
         Args:
             plan: as `schedule` returned it.
-            sampled: token by request key, for each slice that samples.
+            sampled: a token for each slice that samples, in their order.
             level: the level at which the step ran.
 
         Returns:
-            the requests that have ended, each with `stop` or `length`; their blocks are free.
+            the requests that have ended, each with `stop` or `length`.
         """
+        self._in_flight -= 1
         finished: list[tuple[Request, str]] = []
-        for part in plan.slices:
-            request = part.request
-            request.computed = part.start + part.length
-            assert request.cursor is not None
-            self._prefix.record(request.cursor, request.tokens, request.blocks, request.computed, level)
-            if not part.samples:
+        size, eos = self._block_tokens, self._eos
+        tokens = iter(sampled)
+        for request, start, length, samples in plan.slices:
+            request.flights -= 1
+            token = next(tokens) if samples else 0
+            if request.state is RequestState.FINISHED:
+                if not request.flights:
+                    self._leaving.remove(request)
+                    self._release(request)
                 continue
-            request.tokens.append(sampled[request.key])
+            cursor, stop = request.cursor, start + length
+            assert cursor is not None
+            if length > 1 or stop % size == 0 or cursor.level != level:  # else there is nothing to note
+                self._prefix.record(cursor, request.tokens, request.blocks, stop, level)
+            if not samples:
+                continue
+            request.tokens[stop] = token
             request.levels.append(level)
-            reason = self._finish_reason(request)
+            sampling = request.sampling
+            reason = ""
+            if (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+                reason = "stop" if stop + 1 - request.prompt_len >= sampling.min_tokens else ""
+            if not reason and stop + 1 >= request.limit:
+                reason = "length"
             if reason:
                 self._finish(request)
                 finished.append((request, reason))
         return finished
 
     def remap_blocks(self, mapping: Mapping[int, int]) -> None:
-        """Patch every block table, and the prefix cache, after blocks have moved (old id -> new id)."""
+        """Patch every block table, and the prefix cache, after blocks have moved (old id -> new id).
+
+        Raises:
+            IntegrityError: a step is in flight, which knows the old ids.
+        """
+        if self._in_flight:
+            raise IntegrityError("KV blocks are moved while a step is in flight.")
         for request in self._running:
             request.blocks = array("i", [mapping.get(b, b) for b in request.blocks])
         self._prefix.remap(mapping)
@@ -181,7 +249,7 @@ class Scheduler:
         Raises:
             IntegrityError: the books do not agree.
         """
-        held = Counter(b for r in self._running for b in r.blocks)
+        held = Counter(b for r in (*self._running, *self._leaving) for b in r.blocks)
         if len(held) != self._pool.num_used or any(self._pool.holders(b) != n for b, n in held.items()):
             raise IntegrityError(f"The block tables and the {self._pool.num_used} live blocks of the pool disagree.")
         for request in self._requests.values():
@@ -189,17 +257,18 @@ class Scheduler:
                 raise IntegrityError(f"Request {request.key} has {request.computed} tokens but too few blocks.")
             if request.state is RequestState.WAITING and (request.blocks or request.cursor):
                 raise IntegrityError(f"Waiting request {request.key} holds blocks.")
-            unwritten = request.blocks[request.computed // self._block_tokens :]
-            if any(held[b] > 1 or self._pool.is_kept(b) for b in unwritten):
+            # Blocks behind the cursor are unwritten, or written by a step in flight, or were not worth keeping.
+            own = request.blocks[request.cursor.blocks :] if request.cursor else ()
+            if any(held[b] > 1 or self._pool.is_kept(b) for b in own):
                 raise IntegrityError(f"Request {request.key} would write into a KV block that others read.")
+        if any(not r.flights for r in self._leaving) or (self._leaving and not self._in_flight):
+            raise IntegrityError("A finished request holds blocks that no step in flight uses.")
         self._prefix.check_integrity()
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _extend(self, request: Request, plan: StepPlan) -> bool:
-        """Make room for one more token, preempting less urgent requests; False if the request itself had to go."""
-        if request.computed < len(request.blocks) * self._block_tokens:
-            return True
+        """Take another block, preempting less urgent requests; False if the request itself had to go."""
         while self._pool.num_free == 0:
             victim = self._running.last
             self._preempt(victim, plan)
@@ -261,6 +330,8 @@ class Scheduler:
 
         It is the least urgent and decodes are served by urgency, so the plan has no slice of it yet.
         """
+        if self._in_flight:
+            raise IntegrityError(f"Request {request.key} is preempted while a step is in flight.")
         plan.preempted.append(request)
         self._running.remove(request)
         self._release(request)
@@ -270,9 +341,14 @@ class Scheduler:
         self._waiting.add(request)
 
     def _finish(self, request: Request) -> None:
+        while request.tokens[-1] < 0:  # its end came before what the step in flight samples
+            request.tokens.pop()
         if request.state is RequestState.RUNNING:
             self._running.remove(request)
-            self._release(request)
+            if request.flights:
+                self._leaving.add(request)
+            else:
+                self._release(request)
         else:
             self._waiting.remove(request)
         request.state = RequestState.FINISHED
@@ -286,12 +362,3 @@ class Scheduler:
         request.blocks = array("i")
         request.shared = 0
         request.computed = 0
-
-    def _finish_reason(self, request: Request) -> str:
-        sampling, newest = request.sampling, request.tokens[-1]
-        ends = (newest in self._eos and not sampling.ignore_eos) or newest in sampling.stop_token_ids
-        if ends and request.output_len >= sampling.min_tokens:
-            return "stop"
-        if request.output_len >= sampling.max_tokens or len(request.tokens) >= self._max_model_len:
-            return "length"
-        return ""

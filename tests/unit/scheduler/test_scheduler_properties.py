@@ -114,7 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.computed[request.key] = 0
         assert plan.num_tokens <= self.settings.max_num_batched_tokens
         assert len({s.request.key for s in plan.slices}) == len(plan.slices)
-        sampled = {}
+        sampled = []
         for part in plan.slices:
             request, stop = part.request, part.start + part.length
             assert part.length > 0, "the last token is computed, whatever is cached"
@@ -129,8 +129,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.content(request, position)
             self.computed[request.key] = stop
             if part.samples:
-                sampled[request.key] = next_token(request)
-        for request, reason in self.scheduler.complete(plan, sampled, self.level):
+                sampled.append(next_token(request))
+        self.scheduler.advance(plan)
+        for request, reason in self.scheduler.resolve(plan, sampled, self.level):
             assert request.key not in self.ended
             self.ended[request.key] = reason
             assert request.tokens[request.prompt_len :] == self.expected[request.key]
@@ -201,7 +202,8 @@ def request(key: int, prompt: int, *, max_tokens: int = 8, priority: int = 1) ->
 
 def run_step(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     plan = scheduler.schedule(0)
-    scheduler.complete(plan, {s.request.key: 1 for s in plan.slices if s.samples}, 0)
+    scheduler.advance(plan)
+    scheduler.resolve(plan, [1 for part in plan.slices if part.samples], 0)
     return [(s.request.key, s.start, s.length) for s in plan.slices]
 
 
@@ -255,5 +257,7 @@ def test_a_stop_token_ends_a_request_even_when_eos_does_not(ignore_eos: bool, en
     scheduler.add(Request(1, [1, 1], 2, sampling))
     ended = []
     for token in (9, EOS, 9):  # the first comes before min_tokens
-        ended += scheduler.complete(scheduler.schedule(0), {1: token}, 0)
+        plan = scheduler.schedule(0)
+        scheduler.advance(plan)
+        ended += scheduler.resolve(plan, [token], 0)
     assert [(request.output_len, reason) for request, reason in ended] == [(ends_after, "stop")]

@@ -1,0 +1,247 @@
+"""Steps on a GPU: inputs go up in one copy, decodes come out of CUDA graphs, tokens come back behind an event.
+
+`launch` returns as soon as everything is enqueued on the steps' stream. A token that the next step needs
+stays on the device: the sampler writes into a buffer from which the next step's embedding reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from morph_runtime.engine.cuda_attention import StepAttention
+from morph_runtime.engine.cuda_graphs import GraphSet
+from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.runner import Done, Launched, StepRunner
+from morph_runtime.kernels.cuda.sample import TokenChooser
+from morph_runtime.kernels.rung import Rung
+from morph_runtime.models.batch import HostBatch
+from morph_runtime.models.cuda_decoder import CudaDecoder, StepTensors
+from morph_runtime.morph.swapper import LayerSwapper
+from morph_runtime.sampling.rows import SamplingRow
+from morph_runtime.sampling.sampler import Sampled, Sampler
+from morph_runtime.weights.bound import LayerWeights
+
+RESULTS = 2
+"""Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
+
+
+@dataclass(frozen=True)
+class Enqueued(Launched):
+    """A step in the GPU's queue."""
+
+    tokens: Tensor
+    """int64 [rows], pinned; valid once the event is over and until the step after the next is launched"""
+    event: torch.cuda.Event
+
+    @property
+    def ready(self) -> bool:
+        """See `Launched.ready`."""
+        return self.event.query()
+
+    def result(self) -> Sampled:
+        """See `Launched.result`."""
+        self.event.synchronize()
+        return Sampled(self.tokens.tolist())
+
+
+class CudaRunner(StepRunner):
+    """Forward and sampling on one stream, which is current for the thread that calls."""
+
+    def __init__(
+        self,
+        decoder: CudaDecoder,
+        attention: StepAttention,
+        inputs: StepInputs,
+        swapper: LayerSwapper,
+        sampler: Sampler,
+        chooser: TokenChooser,
+        graphs: GraphSet | None,
+        hidden: Tensor,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            decoder: runs pieces of a step.
+            attention: over the inputs' block tables.
+            inputs: static buffers of a step.
+            swapper: knows the layers of the next step.
+            sampler: for rows that ask for more than a plain draw.
+            chooser: draws on the device.
+            graphs: empty, to be filled by `capture`; None: nothing is captured.
+            hidden: [max tokens of a step, hidden]: the residual stream, static.
+        """
+        self._decoder, self._attention, self._inputs = decoder, attention, inputs
+        self._swapper, self._sampler, self._chooser = swapper, sampler, chooser
+        self._graphs, self._hidden = graphs, hidden
+        self._sampled = torch.zeros(inputs.tensors["seeds"].shape[0], dtype=torch.int64, device=hidden.device)
+        self._results = [torch.zeros(len(self._sampled), dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
+        self._turn = 0
+
+    def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
+        """See `StepRunner.launch`."""
+        plain = all(map(_is_simple, rows))
+        size = self._graphs.size_for(batch.num_sequences) if self._graphs is not None and batch.all_decodes else 0
+        self._fill(batch, rows, size or batch.num_tokens)
+        with torch.inference_mode():
+            if size and len(rows) == batch.num_sequences:
+                logits = self._decode(size, plain)
+            else:
+                logits = self._mixed(batch, plain and bool(rows))
+            if not rows:
+                return Done(Sampled([]))
+            if logits is not None:  # some row wants what only the host's sampler can do
+                sampled = self._sampler.sample(logits[: len(rows)].float(), rows)
+                self._sampled[: len(rows)].copy_(torch.tensor(sampled.tokens), non_blocking=True)
+                return Done(sampled)
+            self._turn = (self._turn + 1) % RESULTS
+            result = self._results[self._turn][: len(rows)]
+            result.copy_(self._sampled[: len(rows)], non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return Enqueued(result, event)
+
+    # -- what a step enqueues ------------------------------------------------------------------------------------
+
+    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], padded: int) -> None:
+        """Write the inputs, padded to so many tokens, and send them on their way."""
+        host, count, sequences = self._inputs.host(), batch.num_tokens, batch.num_sequences
+        for name, values in (
+            ("token_ids", batch.token_ids), ("positions", batch.positions), ("slots", batch.slots),
+        ):  # fmt: skip
+            host[name][:count] = values
+        if padded > count:
+            host["token_ids"][count:padded] = 0
+            host["positions"][count:padded] = 0
+            host["slots"][count:padded] = -1
+            host["contexts"][sequences:padded] = 0
+        host["contexts"][:sequences] = batch.contexts
+        batch.pad_tables(host["tables"])
+        if rows:
+            host["logits_at"][: len(rows)] = batch.logits_at
+            host["temperatures"][: len(rows)] = [row.params.temperature if row.draws else 0.0 for row in rows]
+            host["seeds"][: len(rows)] = [row.draw_seed for row in rows]
+            host["draws"][: len(rows)] = [row.output_len for row in rows]
+        if not batch.all_decodes:
+            self._attention.plan(batch, host)
+        self._inputs.upload(sequences)
+
+    def _step(self, tokens: int) -> StepTensors:
+        tensors = self._inputs.tensors
+        return StepTensors(tensors["token_ids"][:tokens], tensors["positions"][:tokens], tensors["slots"][:tokens])
+
+    def _decode(self, size: int, plain: bool) -> Tensor | None:
+        """A step of decodes, padded to a captured size; the logits unless `plain`."""
+        assert self._graphs is not None
+        rungs = set(self._swapper.rungs)
+        if plain and len(rungs) == 1 and self._graphs.replay((size, *rungs)):
+            return None
+        self._graphs.replay((size, "embed"))
+        for layer in self._swapper.layers:
+            self._graphs.replay((size, layer.layer, layer.rung))
+        if plain:
+            self._graphs.replay((size, "head"))
+            return None
+        return self._decoder.head(self._hidden[:size], None, None)
+
+    def _mixed(self, batch: HostBatch, plain: bool) -> Tensor | None:
+        """Any step, without graphs; the logits unless `plain`."""
+        step, hidden = self._step(batch.num_tokens), self._hidden[: batch.num_tokens]
+        self._decoder.embed(step, self._sampled, hidden)
+        delta: Tensor | None = None
+        attend = self._attention.mixed if not batch.all_decodes else self._attention.decodes(batch.num_sequences)
+        for layer in self._swapper.layers:
+            delta = self._decoder.layer(layer, step, hidden, delta, attend)
+        rows = len(batch.logits_at)
+        if rows == 0:
+            return None
+        logits = self._decoder.head(hidden, delta, self._inputs.tensors["logits_at"][:rows])
+        if not plain:
+            return logits
+        self._choose(logits)
+        return None
+
+    def _choose(self, logits: Tensor) -> None:
+        """Draw a token per row into the buffer that the next step reads; logits [R, vocab]."""
+        tensors, rows = self._inputs.tensors, logits.shape[0]
+        self._chooser.choose(
+            logits, tensors["temperatures"][:rows], tensors["seeds"][:rows], tensors["draws"][:rows],
+            self._sampled[:rows],
+        )  # fmt: skip
+
+    # -- graphs --------------------------------------------------------------------------------------------------
+
+    def warm_up(self, layers: Sequence[LayerWeights]) -> None:
+        """Run once what will be captured, so that kernels are compiled and libraries have their workspaces.
+
+        Args:
+            layers: one layer of each rung, its slot mapped; what they hold does not matter.
+        """
+        for size in self._graphs.sizes if self._graphs is not None else (1, len(self._sampled)):
+            self._clear(size)
+            with torch.inference_mode():
+                step, hidden = self._step(size), self._hidden[:size]
+                attend = self._attention.decodes(size)
+                self._decoder.embed(step, self._sampled, hidden)
+                for layer in layers:
+                    hidden.add_(self._decoder.layer(layer, step, hidden, None, attend))
+                self._choose(self._decoder.head(hidden, None, None))
+
+    def capture(self, stream: torch.cuda.Stream, bind: Callable[[Rung, int], LayerWeights], rungs: Sequence[Rung]) -> None:
+        """Capture every graph. Nothing runs.
+
+        Args:
+            stream: to capture on.
+            bind: a layer at a rung; its slot need not be mapped.
+            rungs: full precision and those of the ladder.
+        """
+        graphs = self._graphs
+        if graphs is None:
+            return
+        count = len(self._swapper.layers)
+        for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
+            with torch.inference_mode():
+                graphs.capture((size, "embed"), stream, lambda size=size: self._embed(size))
+                graphs.capture((size, "head"), stream, lambda size=size: self._head(size, None))
+                for rung in rungs:
+                    layers = [bind(rung, layer) for layer in range(count)]
+                    graphs.capture((size, rung), stream, lambda size=size, layers=layers: self._whole(size, layers))
+                    for layer in layers:
+                        key = (size, layer.layer, rung)
+                        graphs.capture(key, stream, lambda size=size, layer=layer: self._single(size, layer))
+
+    def _embed(self, size: int) -> None:
+        self._decoder.embed(self._step(size), self._sampled, self._hidden[:size])
+
+    def _head(self, size: int, delta: Tensor | None) -> None:
+        self._choose(self._decoder.head(self._hidden[:size], delta, None))
+
+    def _single(self, size: int, layer: LayerWeights) -> None:
+        hidden = self._hidden[:size]
+        hidden.add_(self._decoder.layer(layer, self._step(size), hidden, None, self._attention.decodes(size)))
+
+    def _whole(self, size: int, layers: Sequence[LayerWeights]) -> None:
+        self._embed(size)
+        step, hidden, attend = self._step(size), self._hidden[:size], self._attention.decodes(size)
+        delta: Tensor | None = None
+        for layer in layers:
+            delta = self._decoder.layer(layer, step, hidden, delta, attend)
+        self._head(size, delta)
+
+    def _clear(self, size: int) -> None:
+        """Inputs of padding rows alone."""
+        host = self._inputs.host()
+        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("contexts", 0), ("temperatures", 0)):
+            host[name][:size] = value
+        self._inputs.upload(size)
+
+
+def _is_simple(row: SamplingRow) -> bool:
+    """Whether the device can draw this row's token alone."""
+    params = row.params
+    return row.plain and (not row.draws or (params.top_p >= 1 and params.top_k <= 0 and params.min_p <= 0))
