@@ -286,7 +286,6 @@ class Engine:
             max_num_seqs=parts.config.scheduler.max_num_seqs,
             block_tokens=parts.config.memory.block_tokens,
             kv_dtype=parts.kv_format.name,
-            kv_block_bytes=parts.cache.layout.block_bytes,
             base_blocks=parts.capacities[0],
             level_max=len(parts.capacities) - 1,
             ladder=list(parts.config.morph.ladder),

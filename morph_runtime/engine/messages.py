@@ -125,7 +125,6 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_num_seqs: int
     block_tokens: int
     kv_dtype: str
-    kv_block_bytes: int
     base_blocks: int
     level_max: int
     ladder: list[str]

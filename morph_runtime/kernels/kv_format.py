@@ -101,7 +101,6 @@ class Int8KV(KVFormat):
         """As it says."""
         return "int8"
 
-
     @property
     def element(self) -> torch.dtype:
         """-127..127 times the scale."""
@@ -124,7 +123,7 @@ FORMATS: Mapping[str, Callable[[torch.dtype], KVFormat]] = {"auto": PlainKV, "fp
 
 
 def kv_scales(side: Tensor, block_tokens: int, kv_heads: int) -> Tensor:
-    """The scales in the side bytes of one plane: uint8 [blocks, side_bytes] -> float32 [blocks, block_tokens, kv_heads].
+    """The scales beside one plane: uint8 [blocks, side_bytes] -> float32 [blocks, block_tokens, kv_heads].
 
     The same memory; `side` is a view with contiguous rows.
     """

@@ -1,8 +1,8 @@
 """K and V of a layer as attention on CPU writes and gathers them, by format of the cache.
 
 A quantized plane is gathered as it is stored, half the bytes of bfloat16, and becomes numbers of the activation
-type in the copy that puts it in order of heads. Decodes do not multiply int8 by its scales there: these go into the scores
-(for K) and into the probabilities (for V), head_dim times fewer numbers.
+type in the copy that puts it in order of heads. Decodes do not multiply int8 by its scales there: these go into the
+scores (for K) and into the probabilities (for V), head_dim times fewer numbers.
 """
 
 from __future__ import annotations

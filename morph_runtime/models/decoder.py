@@ -67,9 +67,7 @@ class Decoder:
         return self._attention.workspace_bytes + self._rope.nbytes
 
     @staticmethod
-    def workspace_for(
-        spec: ModelSpec, max_model_len: int, block_tokens: int, kv_format: KVFormat, tokens: int
-    ) -> int:
+    def workspace_for(spec: ModelSpec, max_model_len: int, block_tokens: int, kv_format: KVFormat, tokens: int) -> int:
         """Upper bound of `workspace_bytes` and of the activations of a step of `tokens` tokens, in bytes."""
         shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, max_model_len)
         itemsize = kv_format.dtype.itemsize
