@@ -109,6 +109,8 @@ class MorphSettings:
     """Seconds from arrival to first token that the controller tries to hold."""
     interval_s: float = 0.05
     """Seconds between decisions."""
+    depth: int = 8
+    """Layers that may be changing at the same time on a GPU (on a CPU, one)."""
     dwell_s: float = 2.0
     """Seconds for which the pressure must have gone before a level is given back."""
     signal_stale_s: float = 2.0
@@ -125,6 +127,8 @@ class KernelSettings:
     """Name of the W8 linear kernel."""
     w4: str = ""
     """Name of the W4 linear kernel."""
+    graphs: bool = True
+    """On a GPU, run decodes from CUDA graphs that are captured at start; false launches every kernel anew."""
     threads: int = 0
     """CPU threads of the engine; 0: all cores but one, at least one."""
 
@@ -140,7 +144,7 @@ class EngineConfig:
     morph: MorphSettings = field(default_factory=MorphSettings)
     kernels: KernelSettings = field(default_factory=KernelSettings)
     device: str = "cpu"
-    """`cpu` (CUDA follows)."""
+    """`cpu`, or `cuda`: the first GPU that the process sees."""
     overlap: str = "auto"
     """Schedule the next step while the device runs the present one: `on`, `off`, or `auto`, on for devices that run
     beside the host (not `cpu`)."""
@@ -208,6 +212,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MAX_NUM_BATCHED_TOKENS": ("scheduler", "max_num_batched_tokens"),
     "MORPH_PREFIX_CACHE": ("cache", "prefix"),
     "MORPH_PREFIX_REUSE": ("cache", "reuse"),
+    "MORPH_DEVICE": ("", "device"),
     "MORPH_OVERLAP": ("", "overlap"),
     "MORPH_MODE": ("morph", "mode"),
     "MORPH_LADDER": ("morph", "ladder"),
@@ -236,6 +241,7 @@ def validate(config: EngineConfig) -> None:
         ("scheduler.grammar_cache", config.scheduler.grammar_cache, 0, 65536),
         ("morph.ttft_slo_s", config.morph.ttft_slo_s, 1e-3, 3600),
         ("morph.interval_s", config.morph.interval_s, 1e-3, 60),
+        ("morph.depth", config.morph.depth, 1, 1024),
         ("morph.dwell_s", config.morph.dwell_s, 0, 3600),
         ("morph.signal_stale_s", config.morph.signal_stale_s, 1e-2, 3600),
         ("kernels.threads", config.kernels.threads, 0, 4096),
@@ -254,7 +260,7 @@ def validate(config: EngineConfig) -> None:
     _one_of("morph.mode", config.morph.mode, MODES)
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("overlap", config.overlap, OVERLAPS)
-    _one_of("device", config.device, ("cpu",))
+    _one_of("device", config.device, ("cpu", "cuda"))
     for rung in config.morph.ladder:
         _one_of("morph.ladder", rung, RUNGS)
     if not config.morph.ladder or len(set(config.morph.ladder)) != len(config.morph.ladder):

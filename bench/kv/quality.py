@@ -64,7 +64,7 @@ def losses(engine: Engine, tokens: torch.Tensor) -> torch.Tensor:
         slots = torch.tensor([table[i // size] * size + i % size for i in range(start, end)])
         part = SequenceSlice(0, end - start, end)
         batch = StepBatch(tokens[start:end], positions, slots, [part], [table], torch.arange(end - start))
-        logits = parts.decoder.forward(batch, parts.swapper.layers)
+        logits = parts.runner.decoder.forward(batch, parts.swapper.layers)
         found.append(F.cross_entropy(logits, tokens[start + 1 : end + 1], reduction="none"))
     return torch.cat(found)
 

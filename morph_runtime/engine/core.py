@@ -29,9 +29,9 @@ from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
-from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
@@ -58,13 +58,13 @@ class EngineParts:
     cache: KVCache
     pool: BlockPool
     scheduler: Scheduler
-    decoder: Decoder
     swapper: LayerSwapper
     resizer: KVResizer
     shifter: LevelShifter
     controller: Controller
     intake: Intake
     runner: StepRunner
+    order: DeviceOrder
 
 
 @dataclass(frozen=True)
@@ -230,9 +230,9 @@ class Engine:
             for request, detail in intake.failures(flight.sampling):
                 intake.cancel(request.key)
                 news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
-        levels, scores = [flight.level], sampled.logprobs
+        levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
         for row, (request, token) in enumerate(zip(flight.sampling, sampled.tokens, strict=True)):
-            if request.state is RequestState.RUNNING:  # else it has ended since the launch
+            if request.state is running:  # else it has ended since the launch
                 news.tokens.append(TokenDelta(request.key, [token], levels, [scores[row]] if row in scores else []))
         for request, reason in scheduler.resolve(flight.plan, sampled.tokens, flight.level):
             self._statistics.finished(request, now)

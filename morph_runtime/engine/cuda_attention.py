@@ -11,7 +11,7 @@ from torch import Tensor
 
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.kernels.attention import PagedKV
-from morph_runtime.kernels.cuda.attention_decode import allocate_workspace, decode, decode_splits
+from morph_runtime.kernels.cuda.attention_decode import decode, decode_splits
 from morph_runtime.kernels.cuda.attention_prefill import prefill, prefill_tiles, tile_tokens
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.models.cuda_decoder import Attend
@@ -30,7 +30,7 @@ class StepAttention:
             inputs: static buffers of a step.
             max_context: tokens of the longest request.
         """
-        self._spec, self._inputs, self._max_context = spec, inputs, max_context
+        self._spec, self._inputs, self.max_context = spec, inputs, max_context
         self._k = [kv.k(layer) for layer in range(spec.layers)]
         self._v = [kv.v(layer) for layer in range(spec.layers)]
         self._scale = spec.head_dim**-0.5
@@ -97,7 +97,7 @@ class StepAttention:
         return out
 
     def _splits(self, rows: int) -> int:
-        return decode_splits(rows, self._spec.kv_heads, self._max_context, self._processors)
+        return decode_splits(rows, self._spec.kv_heads, self.max_context, self._processors)
 
     def _workspace_floats(self, rows: int) -> int:
         splits = self._splits(rows)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
-from morph_runtime.kernels.cuda.sample import TokenChooser
+from morph_runtime.kernels.cuda.sample import sample
 from morph_runtime.kernels.rung import Rung
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.models.cuda_decoder import CudaDecoder, StepTensors
@@ -27,6 +27,10 @@ from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampled, Sampler
 from morph_runtime.weights.bound import LayerWeights
 
+WARM_TOKENS = (
+    1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128, 129, 200, 256, 257, 512, 513, 1024, 1025, 2048,
+)  # fmt: skip
+"""Steps to run at start: each side of the sizes at which kernels change, divisible by 16 and not."""
 RESULTS = 2
 """Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
 
@@ -42,7 +46,7 @@ class Enqueued(Launched):
     @property
     def ready(self) -> bool:
         """See `Launched.ready`."""
-        return self.event.query()
+        return bool(self.event.query())
 
     def result(self) -> Sampled:
         """See `Launched.result`."""
@@ -60,7 +64,6 @@ class CudaRunner(StepRunner):
         inputs: StepInputs,
         swapper: LayerSwapper,
         sampler: Sampler,
-        chooser: TokenChooser,
         graphs: GraphSet | None,
         hidden: Tensor,
     ) -> None:
@@ -72,12 +75,11 @@ class CudaRunner(StepRunner):
             inputs: static buffers of a step.
             swapper: knows the layers of the next step.
             sampler: for rows that ask for more than a plain draw.
-            chooser: draws on the device.
             graphs: empty, to be filled by `capture`; None: nothing is captured.
             hidden: [max tokens of a step, hidden]: the residual stream, static.
         """
         self._decoder, self._attention, self._inputs = decoder, attention, inputs
-        self._swapper, self._sampler, self._chooser = swapper, sampler, chooser
+        self._swapper, self._sampler = swapper, sampler
         self._graphs, self._hidden = graphs, hidden
         self._sampled = torch.zeros(inputs.tensors["seeds"].shape[0], dtype=torch.int64, device=hidden.device)
         self._results = [torch.zeros(len(self._sampled), dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
@@ -169,30 +171,34 @@ class CudaRunner(StepRunner):
     def _choose(self, logits: Tensor) -> None:
         """Draw a token per row into the buffer that the next step reads; logits [R, vocab]."""
         tensors, rows = self._inputs.tensors, logits.shape[0]
-        self._chooser.choose(
+        sample(
             logits, tensors["temperatures"][:rows], tensors["seeds"][:rows], tensors["draws"][:rows],
             self._sampled[:rows],
         )  # fmt: skip
 
     # -- graphs --------------------------------------------------------------------------------------------------
 
-    def warm_up(self, layers: Sequence[LayerWeights]) -> None:
-        """Run once what will be captured, so that kernels are compiled and libraries have their workspaces.
+    def warm_up(self, layer: LayerWeights) -> None:
+        """Run once what will be captured or launched, so that kernels are compiled and libraries have their workspaces.
 
         Args:
-            layers: one layer of each rung, its slot mapped; what they hold does not matter.
+            layer: one layer at some rung, its slot mapped; it serves as the whole model.
         """
-        for size in self._graphs.sizes if self._graphs is not None else (1, len(self._sampled)):
-            self._clear(size)
-            with torch.inference_mode():
-                step, hidden = self._step(size), self._hidden[:size]
-                attend = self._attention.decodes(size)
-                self._decoder.embed(step, self._sampled, hidden)
-                for layer in layers:
-                    hidden.add_(self._decoder.layer(layer, step, hidden, None, attend))
-                self._choose(self._decoder.head(hidden, None, None))
+        most = self._hidden.shape[0]
+        tokens = sorted({min(n, most) for n in WARM_TOKENS} | {most})
+        rows = self._graphs.sizes if self._graphs is not None else (len(self._sampled),)
+        with torch.inference_mode():
+            for size in rows:
+                self._clear(size)
+                self._embed(size)
+                self._single(size, layer)
+                self._head(size, None)
+            for count in tokens:
+                self._warm_mixed(count, layer)
 
-    def capture(self, stream: torch.cuda.Stream, bind: Callable[[Rung, int], LayerWeights], rungs: Sequence[Rung]) -> None:
+    def capture(
+        self, stream: torch.cuda.Stream, bind: Callable[[int, Rung], LayerWeights], rungs: Sequence[Rung]
+    ) -> None:
         """Capture every graph. Nothing runs.
 
         Args:
@@ -204,16 +210,35 @@ class CudaRunner(StepRunner):
         if graphs is None:
             return
         count = len(self._swapper.layers)
-        for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
-            with torch.inference_mode():
-                graphs.capture((size, "embed"), stream, lambda size=size: self._embed(size))
-                graphs.capture((size, "head"), stream, lambda size=size: self._head(size, None))
+        with torch.inference_mode():
+            for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
+                graphs.capture((size, "embed"), stream, partial(self._embed, size))
+                graphs.capture((size, "head"), stream, partial(self._head, size, None))
                 for rung in rungs:
-                    layers = [bind(rung, layer) for layer in range(count)]
-                    graphs.capture((size, rung), stream, lambda size=size, layers=layers: self._whole(size, layers))
+                    layers = [bind(layer, rung) for layer in range(count)]
+                    graphs.capture((size, rung), stream, partial(self._whole, size, layers))
                     for layer in layers:
-                        key = (size, layer.layer, rung)
-                        graphs.capture(key, stream, lambda size=size, layer=layer: self._single(size, layer))
+                        graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+
+    def _warm_mixed(self, tokens: int, layer: LayerWeights) -> None:
+        """A chunk, and a decode if there is room, that read block 0 throughout; nothing is written."""
+        host = self._inputs.host()
+        lengths = np.array([tokens - 1, 1] if tokens > 2 and len(self._sampled) > 1 else [tokens], dtype=np.int32)
+        sequences = len(lengths)
+        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1)):
+            host[name][:tokens] = value
+        host["contexts"][:sequences] = np.minimum(lengths, self._attention.max_context)
+        host["tables"][:sequences] = 0
+        host["logits_at"][:sequences] = 0
+        host["temperatures"][:sequences] = 1.0
+        zeros, nothing = np.zeros(tokens, dtype=np.int64), np.zeros(0, dtype=np.int32)
+        batch = HostBatch(zeros, zeros, zeros, lengths, lengths, nothing, nothing, zeros[:sequences])
+        self._attention.plan(batch, host)
+        self._inputs.upload(sequences)
+        step, hidden = self._step(tokens), self._hidden[:tokens]
+        self._decoder.embed(step, self._sampled, hidden)
+        delta = self._decoder.layer(layer, step, hidden, None, self._attention.mixed)
+        self._choose(self._decoder.head(hidden, delta, self._inputs.tensors["logits_at"][:sequences]))
 
     def _embed(self, size: int) -> None:
         self._decoder.embed(self._step(size), self._sampled, self._hidden[:size])

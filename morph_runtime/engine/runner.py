@@ -72,7 +72,7 @@ class CpuRunner(StepRunner):
 
     def __init__(self, decoder: Decoder, swapper: LayerSwapper, sampler: Sampler) -> None:
         """`swapper` knows the layers of the next step."""
-        self._decoder = decoder
+        self.decoder = decoder
         self._swapper = swapper
         self._sampler = sampler
 
@@ -80,5 +80,5 @@ class CpuRunner(StepRunner):
         """As promised; the work is done here."""
         known = previous.result().tokens if previous is not None else ()
         with torch.inference_mode():
-            logits = self._decoder.forward(step_batch(batch, known), self._swapper.layers)
+            logits = self.decoder.forward(step_batch(batch, known), self._swapper.layers)
             return Done(self._sampler.sample(logits, rows) if rows else Sampled([]))

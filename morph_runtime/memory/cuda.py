@@ -56,9 +56,22 @@ class CudaPageArena(PageArena):
                 f"memory.budget_gib needs {total_extents * extent_bytes / 2**30:.3f} GiB for the arena, but the GPU "
                 f"has {free / 2**30:.3f} GiB free."
             )
+        self._prop = prop
+        self._create(total_extents)
+
+    def extend(self, count: int) -> None:
+        """Take memory for `count` more extents.
+
+        Raises:
+            ConfigError: the GPU has not that much free; the arena has been closed.
+        """
+        self._create(count)
+        self._add_extents(count)
+
+    def _create(self, count: int) -> None:
         try:
-            for _ in range(total_extents):
-                self._handles.append(self._call(driver.cuMemCreate(extent_bytes, prop, 0)))
+            for _ in range(count):
+                self._handles.append(self._call(self._driver.cuMemCreate(self.extent_bytes, self._prop, 0)))
         except OSError as error:
             self.close()
             raise ConfigError(f"memory.budget_gib could not be had from the GPU: {error}.") from error

@@ -15,7 +15,7 @@ class EventFence(Fence):
 
     def done(self) -> bool:
         """See `Fence.done`."""
-        return self._event.query()
+        return bool(self._event.query())
 
     def wait(self) -> None:
         """See `Fence.wait`."""

@@ -21,6 +21,8 @@ MAX_EXTENT_BYTES = 2 * 1024 * 1024
 SLOT_ALIGNMENT = 256
 """Bytes: where a slot may begin. Vector loads and tensor cores want 128 at most."""
 MAX_EXTENTS = 8192
+MIN_CONTEXT = 64
+"""Tokens of base KV capacity under which serving makes no sense."""
 GIB = 2**30
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -139,5 +138,8 @@ class CudaDecoder:
                 x = x * linear.input_scale
             if linear.kernel.wants_fp8(x.shape[0]):
                 x = quantize_rows(x)
-        y = linear.kernel.run(x, linear.tensors, self._scratch)
+        if isinstance(x, Fp8Rows):
+            y = linear.kernel.run_fp8(x, linear.tensors, self._scratch)
+        else:
+            y = linear.kernel.run(x, linear.tensors, self._scratch)
         return y if linear.bias is None else y.add_(linear.bias)

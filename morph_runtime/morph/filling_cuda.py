@@ -33,7 +33,7 @@ class StreamFilling(Filling):
 
     def done(self) -> bool:
         """See `Filling.done`."""
-        return self._at_once or self._event.query()
+        return self._at_once or bool(self._event.query())
 
     def wait(self) -> None:
         """See `Filling.wait`."""

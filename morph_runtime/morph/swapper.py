@@ -10,7 +10,8 @@ that read them is over. Several changes may be under way; they flip in the order
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -115,8 +116,29 @@ class LayerSwapper:
         """Map and fill every layer at full precision (at start)."""
         for layer in range(len(self._rungs)):
             slot = self._map(layer, "full")
-            self._slots.fill(layer, "full", slot, None)
+            filling = self._filler.start(layer, "full", slot, None, lambda: None)
+            filling.wait()
+            filling.finish()
             self._layers.append(self._slots.bind(layer, "full", slot))
+
+    def bind(self, layer: int, rung: Rung) -> LayerWeights:
+        """Views of a layer's slot at a rung, whether it has memory or not; they stay valid."""
+        return self._slots.bind(layer, rung, self._slot(layer, rung))
+
+    @contextmanager
+    def borrow(self, layer: int, rung: Rung) -> Iterator[LayerWeights]:
+        """A layer at a rung for a while, filled; nothing may be changing, and staging must be free."""
+        if rung == self._rungs[layer]:
+            yield self._layers[layer]
+            return
+        slot = self._map(layer, rung)
+        try:
+            filling = self._filler.start(layer, rung, slot, self._layers[layer], lambda: None)
+            filling.wait()
+            filling.finish()
+            yield self._slots.bind(layer, rung, slot)
+        finally:
+            self._ranges[rung].unmap(self._place[layer])
 
     def begin(self, change: Transition) -> None:
         """Map the target's slot and start to fill it in the background.
@@ -152,9 +174,7 @@ class LayerSwapper:
             self._call_off()
             raise
         self._pending.popleft()
-        self._layers[change.layer] = self._slots.bind(
-            change.layer, change.target, self._slot(change.layer, change.target)
-        )
+        self._layers[change.layer] = self.bind(change.layer, change.target)
         self._rungs[change.layer] = change.target
         self._retired.append((change, behind()))
         return change

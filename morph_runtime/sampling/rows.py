@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from morph_runtime.engine.messages import SamplingParams
@@ -26,6 +27,7 @@ class SamplingRow:
 
     Attributes:
         draws: a token is drawn, not the most likely taken.
+        draw_seed: for devices that draw by counter; the request's seed, or a random one.
         adjusts: bans, bias or penalties change the logits before a token is chosen.
         scored: log probabilities are asked for.
         penalties: counts for the penalties; None without any.
@@ -34,7 +36,18 @@ class SamplingRow:
         needs_values: choosing the next token takes the values of those before it, not only their number.
     """
 
-    __slots__ = ("adjusts", "draws", "matcher", "needs_values", "params", "penalties", "plain", "scored", "sequence")
+    __slots__ = (
+        "adjusts",
+        "draw_seed",
+        "draws",
+        "matcher",
+        "needs_values",
+        "params",
+        "penalties",
+        "plain",
+        "scored",
+        "sequence",
+    )
 
     def __init__(self, params: SamplingParams, sequence: TokenSequence, matcher: GrammarMatcher | None = None) -> None:
         self.params = params
@@ -42,6 +55,8 @@ class SamplingRow:
         self.matcher = matcher
         self.penalties = PenaltyState() if _is_penalised(params) else None
         self.draws = params.temperature >= GREEDY_BELOW
+        seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        self.draw_seed = seed & (2**63 - 1)
         self.scored = params.logprobs is not None or params.score
         self.adjusts = bool(params.min_tokens or params.bad_word_ids or params.logit_bias or self.penalties)
         self.plain = not (self.adjusts or self.scored or matcher is not None)

@@ -162,13 +162,14 @@ class Scheduler:
                     decoding.append(request)
             else:
                 prefilling.append(request)
+        running, slices = RequestState.RUNNING, plan.slices
         for request in decoding:
             if budget == 0:
                 break
-            if request.state is not RequestState.RUNNING:
+            if request.state is not running:
                 continue
             if request.computed < len(request.blocks) * size or self._extend(request, plan):
-                plan.slices.append(ScheduledSlice(request, request.computed, 1, True))
+                slices.append(ScheduledSlice(request, request.computed, 1, True))
                 budget -= 1
         for request in prefilling:
             budget -= self._prefill(request, budget, plan)
@@ -202,12 +203,12 @@ class Scheduler:
         """
         self._in_flight -= 1
         finished: list[tuple[Request, str]] = []
-        size, eos = self._block_tokens, self._eos
+        size, eos, gone = self._block_tokens, self._eos, RequestState.FINISHED
         tokens = iter(sampled)
         for request, start, length, samples in plan.slices:
             request.flights -= 1
             token = next(tokens) if samples else 0
-            if request.state is RequestState.FINISHED:
+            if request.state is gone:
                 if not request.flights:
                     self._leaving.remove(request)
                     self._release(request)

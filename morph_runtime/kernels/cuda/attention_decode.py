@@ -2,7 +2,8 @@
 
 One program takes all query heads that share a KV head, so that each key and value is read once, and a part of the
 context; the parts are joined by log-sum-exp (the scheme of flash-decoding, Dao et al. 2023). The grid depends on the
-batch and on the number of parts alone, lengths are read on the device: a captured graph stays valid while contexts grow.
+batch and on the number of parts alone, and lengths are read on the device: a captured graph stays valid while contexts
+grow.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def decode_tile(head_dim: int, element_bytes: int) -> DecodeTile:
     """The tile for a head of `head_dim` cached values of `element_bytes` bytes each."""
     row_bytes = power_of_two(head_dim) * element_bytes
     if row_bytes <= 256:
-        return DecodeTile(64, 4, 3)
+        return DecodeTile(64, 4, 2)
     if row_bytes <= 512:
         return DecodeTile(32, 4, 3)
     return DecodeTile(16, 4, 2)
@@ -132,11 +133,14 @@ def _decode(
         table = tables + sequence.to(tl.int64) * table_stride
         k_head = k_cache + kv_head * head_stride
         v_head = v_cache + kv_head * head_stride
+        # A tile's block numbers are read one iteration ahead, so that its keys and values need not wait for them.
+        token = begin + tl.arange(0, TILE)
+        block = tl.load(table + token // BLOCK_TOKENS, mask=(token < end) & (token >= first), other=0)
         for tile in range(begin, end, TILE):
             token = tile + tl.arange(0, TILE)
             seen = (token < end) & (token >= first)
-            block = tl.load(table + token // BLOCK_TOKENS, mask=seen, other=0).to(tl.int64)
-            place = block * block_stride + (token % BLOCK_TOKENS) * token_stride
+            place = block.to(tl.int64) * block_stride + (token % BLOCK_TOKENS) * token_stride
+            block = tl.load(table + (token + TILE) // BLOCK_TOKENS, mask=token + TILE < end, other=0)
             cell = place[:, None] + column[None, :]
             loaded = seen[:, None] & (column < DIM)[None, :]
             keys = tl.load(k_head + cell, mask=loaded, other=0.0).to(query.dtype)

@@ -10,6 +10,7 @@ was given blocks goes on from these, after a check of their tokens and of the le
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ def weights_of(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
 
 def record(engine: Engine, log: list[Ran | Moved]) -> None:
     """Write down every slice that the engine runs, with the rungs in force and the logits it gave."""
-    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.decoder, engine.parts.swapper
+    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.runner.decoder, engine.parts.swapper
     schedule, forward = scheduler.schedule, decoder.forward
     copy_blocks = engine.parts.cache.copy_blocks
     plans: list[StepPlan] = []
@@ -144,8 +145,10 @@ def record(engine: Engine, log: list[Ran | Moved]) -> None:
     def forwarded(batch, layers):  # type: ignore[no-untyped-def]
         logits = forward(batch, layers)
         rows = iter(logits.clone())
+        ids = iter(batch.token_ids.tolist())
         for part in plans[-1].slices:
-            tokens, table = part.request.tokens[: part.start + part.length], list(part.request.blocks)
+            tokens = [*part.request.tokens[: part.start], *itertools.islice(ids, part.length)]
+            table = list(part.request.blocks)
             wanted = next(rows) if part.samples else None
             log.append(Ran(part.request.key, tokens, part.start, engine.level, swapper.rungs, table, wanted))
         return logits
@@ -283,11 +286,13 @@ def test_every_logit_equals_the_reference_with_the_same_level_schedule(
     assert compared == 400
 
 
-@pytest.mark.parametrize("reuse", ["exact", "at_least"])
+@pytest.mark.parametrize("reuse, overlap", [("exact", "off"), ("at_least", "off"), ("at_least", "on")])
 def test_every_logit_equals_the_reference_when_prefixes_are_shared_across_levels(
-    tiny_model: Path, engines: EngineFactory, reuse: str
+    tiny_model: Path, engines: EngineFactory, reuse: str, overlap: str
 ) -> None:
-    engine = engines(tiny_model, morph={"order": "2,0,3,1"}, memory={"kv_tokens": 256}, cache={"reuse": reuse})
+    engine = engines(
+        tiny_model, morph={"order": "2,0,3,1"}, memory={"kv_tokens": 256}, cache={"reuse": reuse}, overlap=overlap
+    )
     oracle = oracle_for(engine, tiny_model)
     log: list[Ran | Moved] = []
     record(engine, log)
