@@ -14,6 +14,7 @@ from engine.conftest import run_all, submit
 from engine.test_oracle import Ledger, Moved, Ran, oracle_for, record, scripted_levels
 from morph_runtime.config import EngineConfig
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention_cpu import CpuPagedAttention
 from morph_runtime.pack.make import make_pack
 
 if TYPE_CHECKING:
@@ -145,6 +146,9 @@ def test_what_the_cache_stores_is_told_to_who_asks(tiny_model: Path, engines: En
     assert told == ["bfloat16", "float32", "fp8", "int8"]
 
 
-def test_a_wrong_type_is_refused_with_those_that_there_are(tiny_model: Path, engines: EngineFactory) -> None:
-    with pytest.raises(ConfigError, match=r"memory\.kv_dtype must be one of auto, fp8, int8, but is 'int4'"):
-        engines(tiny_model, memory={"kv_dtype": "int4"})
+def test_a_type_that_attention_does_not_serve_is_refused_with_its_reason(
+    tiny_model: Path, engines: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CpuPagedAttention, "can_implement", lambda shape, kv_format: (False, "it cannot"))
+    with pytest.raises(ConfigError, match=r"memory\.kv_dtype is int8, which attention on cpu does not serve: it cannot"):
+        engines(tiny_model, memory={"kv_dtype": "int8"})
