@@ -1,7 +1,7 @@
 """Decode and prefill speed of the engine with all layers at one rung, at several batch sizes.
 
     python bench/engine/rungs_cpu.py [--model models/morph-demo] [--threads 1] [--out bench/engine/rungs_cpu.json]
-    python bench/engine/rungs_cpu.py --kv auto fp8 int8 --prompt 512 --out bench/kv/speed_cpu.json
+    python bench/engine/rungs_cpu.py --kv auto fp8 int8 --prompt 256 --rounds 4 --out bench/kv/speed_cpu.json
 
 Steps of the real engine (scheduler, paged attention, sampling), no server. TPOT is the median step time
 with the whole batch decoding. The rungs, and the KV cache types if several are given, are measured in turn, several
@@ -27,7 +27,6 @@ from morph_runtime.engine.messages import SamplingParams, Submit
 
 BATCHES = (1, 8, 32)
 OUTPUT_TOKENS, PREFILL_TOKENS = 48, 512
-ROUNDS = 3
 
 
 def decode_ms(engine: Engine, batch: int, prompt_tokens: int, rng: random.Random) -> float:
@@ -75,16 +74,15 @@ def make_engine(model: str, threads: int, kv: str, prompt_tokens: int) -> Engine
     )
 
 
-def measure(model: str, threads: int, kinds: list[str], prompt_tokens: int) -> dict[str, dict[str, float]]:
+def measure(model: str, threads: int, kinds: list[str], prompt_tokens: int, rounds: int) -> dict[str, dict[str, float]]:
     """Figures by KV type and rung."""
     engines = {kv: make_engine(model, threads, kv, prompt_tokens) for kv in kinds}
     rng = random.Random(0)
     result: dict[str, dict[str, float]] = {}
-    for _ in range(ROUNDS):
-        for kv, engine in engines.items():
-            layers = engine.parts.spec.layers
-            for rung, level in (("full", 0), ("w8", layers), ("w4", 2 * layers)):
-                engine.set_level(level)
+    for _ in range(rounds):
+        for rung, passes in (("full", 0), ("w8", 1), ("w4", 2)):
+            for kv, engine in engines.items():  # next to one another, so that other work meets them alike
+                engine.set_level(passes * engine.parts.spec.layers)
                 seen = result.setdefault(rung if kv == "auto" else f"{rung}, kv {kv}", {})
                 for batch in BATCHES:
                     name = f"tpot_ms_b{batch}"
@@ -105,9 +103,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--kv", nargs="+", default=["auto"], help="what the KV cache stores: auto, fp8, int8")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of each prompt of the decodes")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/engine/rungs_cpu.json"))
     args = parser.parse_args()
-    figures = measure(args.model, args.threads, args.kv, args.prompt)
+    figures = measure(args.model, args.threads, args.kv, args.prompt, args.rounds)
     report = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": args.threads}
     args.out.write_text(json.dumps({**report, "prompt_tokens": args.prompt, "rungs": figures}, indent=2) + "\n")
     heads = "".join(f" TPOT B={b} ms | tok/s |" for b in BATCHES)
