@@ -47,14 +47,26 @@ def shuffled_tables(sequences: int, blocks_each: int) -> Tensor:
 
 
 def time_decode(
-    shape: Heads, sequences: int, context: int, block_tokens: int, max_context: int = 8192, splits: int = 0
+    shape: Heads,
+    sequences: int,
+    context: int,
+    block_tokens: int,
+    max_context: int = 8192,
+    splits: int = 0,
+    varied: bool = False,
 ) -> dict[str, object]:
-    blocks_each = -(-context // block_tokens)
-    layer_bytes = sequences * context * 2 * shape.kv_heads * shape.dim * 2
+    """All contexts of one length, or varied: evenly from 1/32 of it up to 2 times."""
+    if varied:
+        lengths = torch.linspace(context / 32, 63 / 32 * context, sequences).round().int().tolist()
+    else:
+        lengths = [context] * sequences
+    longest = max(lengths)
+    blocks_each = -(-longest // block_tokens)
+    layer_bytes = sum(lengths) * 2 * shape.kv_heads * shape.dim * 2
     layers = max(min(int(4e9 / layer_bytes), 64), 2)
     kv = cache(layers, sequences * blocks_each, block_tokens, shape)
     tables = shuffled_tables(sequences, blocks_each)
-    contexts = torch.full((sequences,), context, dtype=torch.int32, device="cuda")
+    contexts = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     qkv = torch.randn(sequences, (shape.heads + 2 * shape.kv_heads) * shape.dim, device="cuda", dtype=DTYPE)
     q = qkv[:, : shape.heads * shape.dim].unflatten(1, (shape.heads, shape.dim))
     out = torch.empty(sequences, shape.heads * shape.dim, device="cuda", dtype=DTYPE)
@@ -75,6 +87,7 @@ def time_decode(
         "kv_heads": shape.kv_heads,
         "sequences": sequences,
         "context": context,
+        "varied": varied,
         "block_tokens": block_tokens,
         "splits": splits,
         "us": round(us, 2),
@@ -154,8 +167,9 @@ def main() -> None:
     for shape in (LLAMA3_8B, LLAMA2_7B):
         for block_tokens in block_sizes if shape is LLAMA3_8B else block_sizes[:1]:
             for sequences, context in [(1, 256), (8, 256), (8, 2048), (32, 1024), (64, 2048), (64, 4096), (256, 1024)]:
-                rows.append(time_decode(shape, sequences, context, block_tokens))
-                print(rows[-1], flush=True)
+                for varied in (False, True) if sequences > 1 else (False,):
+                    rows.append(time_decode(shape, sequences, context, block_tokens, varied=varied))
+                    print(rows[-1], flush=True)
             for lengths, context in [([2048], 0), ([2048] * 4, 0), ([8192], 0), ([2048], 8192), ([128] * 16, 0)]:
                 rows.append(time_prefill(shape, lengths, context, block_tokens))
                 print(rows[-1], flush=True)

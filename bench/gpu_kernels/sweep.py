@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,28 +22,35 @@ from morph_runtime.kernels.cuda.rows import Fp8Linear
 from morph_runtime.kernels.cuda.tiles import Tile
 from morph_runtime.kernels.linear import LinearShape
 
-FORMS = {  # (bn, warps, stages) by rows of x per tile
-    8: [(bn, w, s) for bn, w in ((16, 1), (32, 2), (64, 2), (64, 4), (128, 4), (128, 8)) for s in (3, 5)],
-    16: [(bn, w, s) for bn, w in ((16, 1), (32, 2), (64, 2), (64, 4), (128, 4), (128, 8)) for s in (3, 5)],
-    32: [(bn, w, s) for bn, w in ((32, 2), (64, 2), (64, 4), (128, 4), (128, 8)) for s in (3, 5)],
-    64: [(bn, w, s) for bn, w in ((64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 4)],
-    128: [(bn, w, s) for bn, w in ((64, 4), (128, 4), (128, 8), (256, 8)) for s in (3, 4)],
-    256: [(bn, w, s) for bn, w in ((64, 4), (64, 8), (128, 8)) for s in (2, 3)],
+WARPS = {  # (bn, warps) by rows of x per tile
+    8: [(32, 2), (64, 2), (64, 4), (128, 4), (128, 8)],
+    16: [(32, 2), (64, 2), (64, 4), (128, 4), (128, 8)],
+    32: [(64, 2), (64, 4), (128, 4), (128, 8), (256, 8)],
+    64: [(64, 4), (128, 4), (128, 8), (256, 8)],
+    128: [(64, 4), (128, 4), (128, 8), (256, 8)],
+    256: [(64, 4), (64, 8), (128, 8)],
 }
-HEIGHTS = {1: (8, 16), 16: (16,), 32: (32,), 64: (32, 64), 128: (64, 128), 256: (128, 256), 512: (128, 256)}
+HEIGHTS = {1: (8, 16), 8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (128, 256)}
 """Rows of x -> candidates for the rows per tile."""
 
 
-def steps(kind: str) -> tuple[int, ...]:
-    return (128,) if kind == "int4" else (64, 128) if kind == "fp8" else (128,)
+def modes(kind: str, bm: int, bn: int, warps: int) -> list[str]:
+    """W4's ways through a group that are worth a try."""
+    if kind != "int4":
+        return [""]
+    if bm < 16 or warps < 4:
+        return ["warp"]
+    return ["fresh", ""] if bm >= 128 else ["fresh"]
 
 
 def forms(kind: str, m: int) -> Iterator[Tile]:
     for bm in HEIGHTS[m]:
-        for bn, warps, stages in FORMS[bm]:
-            for bk in steps(kind):
-                if stages * (bn + bm * (2 - (kind == "fp8x8"))) * bk <= 220_000 and (kind != "fp8x8" or bn >= 64):
-                    yield Tile(bm, bn, 1, warps, stages, bk)
+        for bn, warps in WARPS[bm]:
+            x_bytes, w_bytes = (1 if kind == "fp8x8" else 2), (0.5 if kind == "int4" else 1)
+            for stages in (3, 4, 6):
+                for mode in modes(kind, bm, bn, warps):
+                    if stages * 128 * (bm * x_bytes + bn * w_bytes) <= 220_000 and (kind == "int4" or warps >= 4):
+                        yield Tile(bm, bn, 1, warps, stages, 128, mode, kind == "fp8" and 16 <= bm <= 32)
 
 
 def candidates(kind: str, m: int, n: int, k: int) -> Iterator[Tile]:
@@ -51,7 +59,7 @@ def candidates(kind: str, m: int, n: int, k: int) -> Iterator[Tile]:
         wanted = {max(1, round(p / tiles)) for p in (132, 264, 396, 528, 1056)} if m <= 128 else {1, 2}
         for splits in sorted(s for s in wanted if s * 256 <= k and s <= 32):
             if splits == 1 or tiles <= n // 16:
-                yield Tile(form.bm, form.bn, splits, form.warps, form.stages, form.bk)
+                yield replace(form, splits=splits)
 
 
 def product(kind: str, m: int, n: int, k: int, many: bool) -> tuple[Callable[[Tile], list[Callable[[], object]]], int]:
@@ -81,7 +89,7 @@ def compile_one(job: tuple[str, int, Tile]) -> str:
     try:
         calls, _ = product(kind, min(m, 16), 2048, 2048, False)
         for splits in (1, 2):
-            calls(Tile(form.bm, form.bn, splits, form.warps, form.stages, form.bk))[0]()
+            calls(replace(form, splits=splits))[0]()
     except Exception as error:  # noqa: BLE001 - a form that does not compile is left out of the sweep
         return f"{kind} {form}: {type(error).__name__} {str(error).splitlines()[0]}"
     return ""
@@ -96,7 +104,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=14)
     options = parser.parse_args()
     kinds, rows = options.kinds.split(","), [int(m) for m in options.rows.split(",")]
-    wanted = [(kind, m) for kind in kinds for m in rows if kind != "fp8x8" or m >= 64]
+    wanted = [(kind, m) for kind in kinds for m in rows]
     jobs = list({(kind, form.bm, form): None for kind, m in wanted for form in forms(kind, m)})
     began = time.monotonic()
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
@@ -118,7 +126,8 @@ def main() -> None:
             for us, tile in times:
                 found.append({"kind": kind, "m": m, "linear": name, "us": us, **tile.__dict__})
             best = " | ".join(
-                f"{us:.1f} bm{t.bm} bn{t.bn} s{t.splits} w{t.warps} st{t.stages} bk{t.bk}" for us, t in times[:3]
+                f"{us:.1f} bm{t.bm} bn{t.bn} s{t.splits} w{t.warps} st{t.stages}{' wide' * t.wide}"
+                for us, t in times[:3]
             )
             print(f"{kind} m={m} {name}: {nbytes / times[0][0] / 1e3:.0f} GB/s: {best}", flush=True)
         print(f"  at {time.monotonic() - began:.0f} s", flush=True)

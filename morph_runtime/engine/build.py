@@ -76,7 +76,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv)
     cache.grow(1)
     runner = device.runner(
-        RunnerParts(config, model, static.bind(static_slot), cache, kv_format, swapper, max_model_len)
+        RunnerParts(config, model, arena, static.bind(static_slot), cache, kv_format, swapper, max_model_len)
     )
 
     ledger = device.fit(ledger, arena)

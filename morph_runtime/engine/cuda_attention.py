@@ -59,7 +59,8 @@ class StepAttention:
         host["picks"][: len(decodes), 1] = ends[decodes] - 1
         chunks = [(int(i), int(lengths[i])) for i in np.flatnonzero(lengths > 1)]
         tiles = prefill_tiles(chunks, self._tile_tokens)
-        host["tiles"][: len(tiles)] = tiles
+        if tiles:
+            host["tiles"][: len(tiles)] = tiles
         self._num_decodes, self._num_tiles, self._num_sequences = len(decodes), len(tiles), sequences
 
     def decodes(self, rows: int) -> Attend:

@@ -161,7 +161,9 @@ class CudaDevice(EngineDevice):
         for rung in rungs:
             with parts.swapper.borrow(0, rung) as layer:
                 runner.warm_up(layer)
-        runner.capture(self._stream, parts.swapper.bind, rungs)
+        assert isinstance(parts.arena, CudaPageArena)
+        with parts.arena.backed():
+            runner.capture(self._stream, parts.swapper.bind, rungs)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         return runner

@@ -27,6 +27,7 @@ class RunnerParts:
 
     config: EngineConfig
     model: OpenModel
+    arena: PageArena
     static: StaticTensors
     cache: KVCache
     kv_format: KVFormat

@@ -11,7 +11,8 @@ lies behind the first address.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,12 +94,35 @@ class CudaPageArena(PageArena):
             raise ValueError(f"{nbytes} bytes at {offset} lie outside the range '{span.name}'")
         return self._bases[span.name][offset : offset + nbytes].view(dtype).view(*shape)
 
+    @contextmanager
+    def backed(self) -> Iterator[None]:
+        """Every reserved address has memory for a while: one free extent stands behind all that have none.
+
+        For capturing graphs: nothing runs, but launchers ask the driver about each pointer that they are given.
+        """
+        (extent,) = self._free.take(1)
+        size, aliases = self.extent_bytes, list[tuple[int, int]]()
+        try:
+            for span in self._ranges.values():
+                for first, count in _runs(span, mapped=False):
+                    address = span.address + first * size
+                    for piece in range(count):
+                        self._call(self._driver.cuMemMap(address + piece * size, size, 0, self._handles[extent], 0))
+                    self._call(self._driver.cuMemSetAccess(address, count * size, [self._access], 1))
+                    aliases.append((address, count * size))
+            yield
+        finally:
+            torch.cuda.synchronize(self._device)
+            for address, nbytes in aliases:
+                self._unmap(address, nbytes)
+            self._free.give([extent])
+
     def close(self) -> None:
         """See `PageArena.close`; waits for the GPU."""
         torch.cuda.synchronize(self._device)
         self._bases.clear()
         for span in self._ranges.values():
-            for first, count in _mapped_runs(span):
+            for first, count in _runs(span, mapped=True):
                 self._unmap(span.address + first * self.extent_bytes, count * self.extent_bytes)
             span.physical = [-1] * span.extents
         for address, nbytes in self._spans:
@@ -148,11 +172,11 @@ class _Bytes:
         }  # fmt: skip
 
 
-def _mapped_runs(span: VirtualRange) -> list[tuple[int, int]]:
-    """Pieces with memory, as (first, count)."""
+def _runs(span: VirtualRange, mapped: bool) -> list[tuple[int, int]]:
+    """Consecutive pieces with memory, or without, as (first, count)."""
     result: list[tuple[int, int]] = []
     for piece, extent in enumerate(span.physical):
-        if extent < 0:
+        if (extent >= 0) != mapped:
             continue
         if result and sum(result[-1]) == piece:
             result[-1] = (result[-1][0], result[-1][1] + 1)

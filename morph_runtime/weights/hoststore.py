@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,14 @@ class PinnedStore:
         self._slots = slots
         self._layers: list[Tensor] = []
         for layer in range(num_layers):
-            slot = torch.empty(slots.slot_bytes("full"), dtype=torch.uint8)
+            slot = _whole_pages(slots.slot_bytes("full"))
             slots.fill(layer, "full", slot)
             self._pin(slot)
             self._layers.append(slot)
 
     def bytes_of(self, layer: int) -> Tensor:
         """A layer as it lies in its slot, pinned uint8 [slot_bytes]."""
-        return self._layers[layer]
+        return self._layers[layer][: self._slots.slot_bytes("full")]
 
     def bind(self, layer: int) -> LayerWeights:
         """The same, as a layer."""
@@ -54,3 +56,11 @@ class PinnedStore:
                 f"Host memory for the full-precision weights could not be pinned after {pinned:.1f} GiB (CUDA error "
                 f"{status}): raise the memory or memlock limit of this process."
             )
+
+
+def _whole_pages(nbytes: int) -> Tensor:
+    """Uninitialised bytes, uint8 [nbytes rounded up], that share no page with others: pages are what is pinned."""
+    size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    room = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    first = -room.data_ptr() % mmap.PAGESIZE
+    return room[first : first + size]

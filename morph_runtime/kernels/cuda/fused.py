@@ -11,9 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from morph_runtime.kernels.activation import Fp8Rows
-from morph_runtime.kernels.cuda.jit import kernel, power_of_two
+from morph_runtime.kernels.cuda.jit import follow, kernel, overlap_options, overlaps, power_of_two
 
 FP8 = torch.float8_e4m3fn
+FEW_ROWS = 32
+"""So few rows leave processors idle: more warps each are faster (activation in FP8, 1 row: 3.0 against 3.6 µs)."""
 SWIGLU_TILE = 1024
 """Values per program of the activation without FP8."""
 
@@ -25,7 +27,7 @@ def _store_fp8(
     """Quantize a row held in float32, 0 beyond its width."""
     largest = tl.max(tl.abs(x), 0)
     scale = tl.where(largest > 0.0, largest / 448.0, 1.0)
-    quantized = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    quantized = tl.minimum(tl.maximum(x * (1.0 / scale), -448.0), 448.0)
     tl.store(values + row * width + columns, quantized.to(values.dtype.element_ty), mask=columns < width)
     tl.store(scales + row, scale)
 
@@ -44,7 +46,10 @@ def _add_norm(
     ADD: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < width
@@ -74,7 +79,16 @@ def _gated(gate_up: tl.tensor, place: tl.tensor, width: tl.tensor, inside: tl.te
 
 
 @kernel
-def _swiglu(gate_up: tl.tensor, out: tl.tensor, stride: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _swiglu(
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    stride: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
+) -> None:
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
@@ -83,8 +97,16 @@ def _swiglu(gate_up: tl.tensor, out: tl.tensor, stride: tl.tensor, width: tl.ten
 
 @kernel
 def _swiglu_fp8(
-    gate_up: tl.tensor, out: tl.tensor, scales: tl.tensor, stride: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
+    gate_up: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     x = _gated(gate_up, row * stride + columns, width, columns < width).to(tl.float32)
@@ -93,17 +115,25 @@ def _swiglu_fp8(
 
 @kernel
 def _quantize_rows(
-    x: tl.tensor, out: tl.tensor, scales: tl.tensor, stride: tl.tensor, width: tl.tensor, BLOCK: tl.constexpr
+    x: tl.tensor,
+    out: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    width: tl.tensor,
+    BLOCK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + columns, mask=columns < width, other=0.0).to(tl.float32)
     _store_fp8(values, out, scales, row, columns, width)
 
 
-def _warps(block: int) -> int:
-    """Warps of a program that holds a row: 16 values a thread, 4 to 16 warps."""
-    return min(max(block // 512, 4), 16)
+def _warps(block: int, rows: int) -> int:
+    """Warps of a program that holds a row: 16 values a thread, 4 to 16 warps; with few rows, up to 32."""
+    return min(max(block // 512, 4), 32 if rows <= FEW_ROWS else 16)
 
 
 def _check_rows(name: str, x: Tensor) -> tuple[int, int]:
@@ -138,6 +168,7 @@ def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, f
         raise ValueError(f"delta is {tuple(delta.shape)}, hidden {(rows, width)}: they must be of one shape.")
     if weight.shape != (width,):
         raise ValueError(f"The norm has {tuple(weight.shape)} weights, hidden {width} columns: they must agree.")
+    overlap = overlaps(hidden.device)
     added = hidden if delta is None else delta
     block = power_of_two(width)
     out = (
@@ -159,7 +190,9 @@ def add_norm(hidden: Tensor, delta: Tensor | None, weight: Tensor, eps: float, f
         delta is not None,
         fp8,
         block,
-        num_warps=_warps(block),
+        overlap,
+        num_warps=_warps(block, rows),
+        **overlap_options(overlap),
     )
     return out
 
@@ -179,16 +212,28 @@ def swiglu(gate_up: Tensor, fp8: bool = False) -> Tensor | Fp8Rows:
     """
     rows, both = _check_rows("gate_up", gate_up)
     width = both // 2
+    overlap = overlaps(gate_up.device)
     if both % 2:
         raise ValueError(f"gate_up has {both} columns: it needs two halves.")
     if fp8:
         quantized = _fp8_rows(rows, width, gate_up.device)
         block = power_of_two(width)
-        _swiglu_fp8[(rows,)](gate_up, *quantized, gate_up.stride(0), width, block, num_warps=_warps(block))
+        _swiglu_fp8[(rows,)](
+            gate_up,
+            *quantized,
+            gate_up.stride(0),
+            width,
+            block,
+            overlap,
+            num_warps=_warps(block, rows),
+            **overlap_options(overlap),
+        )
         return quantized
     out = torch.empty(rows, width, dtype=gate_up.dtype, device=gate_up.device)
     block = min(SWIGLU_TILE, power_of_two(width))
-    _swiglu[(rows, -(-width // block))](gate_up, out, gate_up.stride(0), width, block, num_warps=4)
+    _swiglu[(rows, -(-width // block))](
+        gate_up, out, gate_up.stride(0), width, block, overlap, num_warps=4, **overlap_options(overlap)
+    )
     return out
 
 
@@ -199,7 +244,10 @@ def quantize_rows(x: Tensor) -> Fp8Rows:
         ValueError: the rows are not contiguous.
     """
     rows, width = _check_rows("x", x)
+    overlap = overlaps(x.device)
     out = _fp8_rows(rows, width, x.device)
     block = power_of_two(width)
-    _quantize_rows[(rows,)](x, *out, x.stride(0), width, block, num_warps=_warps(block))
+    _quantize_rows[(rows,)](
+        x, *out, x.stride(0), width, block, overlap, num_warps=_warps(block, rows), **overlap_options(overlap)
+    )
     return out

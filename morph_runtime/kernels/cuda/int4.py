@@ -73,7 +73,8 @@ class TritonInt4Linear(GroupedInt4Kernel):
         """Pack codes [n, K]."""
         n, k = codes.shape
         halves = codes.view(n, k // GROUP, 2, GROUP // 2)
-        packed = halves[:, :, 0] | halves[:, :, 1] << 4
+        packed = (halves[:, :, 0] | halves[:, :, 1] << 4).view(n, k // GROUP, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5)
+        packed = packed.reshape(n, k // GROUP, GROUP // 2)
         first, whole = first_row // BLOCK, n // BLOCK
         into = out["codes"][first : first - (-n // BLOCK)].transpose(1, 2)
         into[:whole].copy_(packed[: whole * BLOCK].view(whole, BLOCK, k // GROUP, GROUP // 2))
@@ -99,7 +100,7 @@ class TritonInt4Linear(GroupedInt4Kernel):
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         int4_product[tile.grid(m, n)](
             x, w["codes"], w["both"], y, partial, w["locks"], m, n, k, tile.splits,
-            tile.bm, tile.bn, split, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
+            tile.bm, tile.bn, split, tile.mode, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
 
@@ -113,7 +114,8 @@ class TritonInt4Linear(GroupedInt4Kernel):
     def dequantize(self, w: Tensors) -> Tensor:
         """(code - 8) * scale + zero, float32 [N, K]."""
         groups, n = w["both"].shape
-        packed = w["codes"].transpose(1, 2).reshape(-1, groups, GROUP // 2)[:n]
+        packed = w["codes"].transpose(1, 2).reshape(-1, groups, 4, 4, 2, 2)[:n]
+        packed = packed.permute(0, 1, 3, 4, 2, 5).reshape(n, groups, GROUP // 2)
         codes = torch.stack((packed & 15, packed >> 4), 2).view(n, GROUP * groups)
         pair = w["both"].view(torch.bfloat16).view(groups, n, 2)
         return dequantize_groups_int4(codes, pair[:, :, 0], pair[:, :, 1])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import torch
 import triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 def kernel(function: Callable[..., Any]) -> Any:
@@ -25,3 +28,31 @@ def kernel_with_varying(names: Sequence[str]) -> Callable[[Callable[..., Any]], 
 def power_of_two(n: int) -> int:
     """The smallest power of two >= n."""
     return 1 << max(n - 1, 0).bit_length()
+
+
+@kernel
+def follow() -> None:
+    """Let the next kernel take its place on the processors early, and wait for the kernel before.
+
+    First in each kernel launched with `overlap_options`. A kernel that waits ends after the one before it, so what
+    all earlier kernels wrote is there too.
+    """
+    gdc_launch_dependents()
+    gdc_wait()
+
+
+@kernel
+def lead() -> None:
+    """Let the next kernel, if it begins with `follow`, take its place on the processors early."""
+    gdc_launch_dependents()
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a launch can overlap with the kernel before it (programmatic dependent launch: Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlap_options(overlap: bool) -> dict[str, Any]:
+    """Options of a launch whose kernel begins with `follow` if `overlap`."""
+    return {"launch_pdl": True} if overlap else {}

@@ -3,9 +3,9 @@
 The values are those of `kernels.quantize`, bit for bit: every operation below is the correctly rounded one that
 PyTorch uses on a CPU, and none may be fused or replaced by a reciprocal.
 
-W4's layout: blocks of 64 rows x one group of 128 inputs. `codes` uint8 [ceil(N / 64), K / 128, 64, 64]: byte j of a
-row holds the code of input j in its low half and that of input j + 64 in its high half, so that one load gives two
-contiguous tiles of inputs.
+W4's layout: blocks of 64 rows x one group of 128 inputs. `codes` uint8 [ceil(N / 64), K / 128, 64, 64]: a byte
+holds the code of input j in its low half and that of input j + 64 in its high half. The 64 bytes of a row stand in
+the order that `products.from_lanes` undoes: j = 16 i + 8 h + 2 q + e is byte 16 q + 4 i + 2 h + e.
 `both` int32 [K / 128, N]: zero << 16 | scale, as bfloat16 bits. Rows of `codes` past N are never written.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton.language as tl
 
 from morph_runtime.kernels.cuda.jit import kernel, kernel_with_varying
+from morph_runtime.kernels.cuda.products import from_lanes
 
 ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds a small float32 to the nearest integer, ties to even."""
@@ -50,6 +51,12 @@ def nearest_code(values: tl.tensor, zero: tl.tensor, scale: tl.tensor) -> tl.ten
     return ((steps + ROUND) - ROUND).to(tl.int32).to(tl.uint8)
 
 
+@kernel
+def to_lanes(values: tl.tensor, rows: tl.constexpr) -> tl.tensor:
+    """[rows, 64] in plain order -> in the order of storage, the inverse of `products.from_lanes`."""
+    return values.reshape(rows, 4, 2, 4, 2).permute(0, 3, 1, 2, 4).reshape(rows, 64)
+
+
 @kernel_with_varying(["first_row", "count"])
 def pack_int4(
     weight: tl.tensor,
@@ -81,7 +88,7 @@ def pack_int4(
     packed = nearest_code(low, zeros, scales) | nearest_code(high, zeros, scales) << 4
     target = first_row + row
     slot = ((target // 64).to(tl.int64) * (k // 128) + group) * 64 + target % 64
-    tl.store(codes + slot[:, None] * 64 + tl.arange(0, 64)[None, :], packed, mask=inside[:, None])
+    tl.store(codes + slot[:, None] * 64 + tl.arange(0, 64)[None, :], to_lanes(packed, rows), mask=inside[:, None])
     tl.store(both + group * n + target, as_bits(zero) << 16 | as_bits(scale), mask=inside)
     if group == 0:
         tl.store(locks + target // 16, tl.zeros((rows,), tl.int32), mask=inside & (target % 16 == 0))
@@ -97,6 +104,7 @@ def unpack_int4(
     inside = row < n
     slot = ((row // 64).to(tl.int64) * (k // 128) + group) * 64 + row % 64
     packed = tl.load(codes + slot[:, None] * 64 + tl.arange(0, 64)[None, :], mask=inside[:, None], other=0)
+    packed = from_lanes(packed, rows, 64)
     pair = tl.load(both + group * n + row, mask=inside, other=0)
     scale = (pair << 16).to(tl.float32, bitcast=True)[:, None]
     zero = (pair & -65536).to(tl.float32, bitcast=True)[:, None]

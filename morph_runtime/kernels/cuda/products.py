@@ -50,12 +50,12 @@ fma.rn.bf16x2 b, b, one, less;
 fma.rn.bf16x2 c, c, one, less;
 fma.rn.bf16x2 d, d, one, less;
 fma.rn.bf16x2 $0, a, $5, $9;
-fma.rn.bf16x2 $1, b, $6, $10;
-fma.rn.bf16x2 $2, c, $7, $11;
-fma.rn.bf16x2 $3, d, $8, $12;
+fma.rn.bf16x2 $1, b, $7, $11;
+fma.rn.bf16x2 $2, c, $5, $9;
+fma.rn.bf16x2 $3, d, $7, $11;
 }""")
 """Four bytes of W4 codes to (code - 8) * scale + zero. A code in the low bits of 0x4300 is 128 + code, exactly;
-less 136 it is code - 8, exactly; the last step rounds once."""
+less 136 it is code - 8, exactly; the last step rounds once. Two neighbours belong to one row, four may not."""
 
 
 @kernel
@@ -89,6 +89,24 @@ def widen_int4(codes: tl.tensor, both: tl.tensor, packed_math: tl.constexpr) -> 
         low = (((codes & 15).to(tl.float32) - 8) * scale + zero).to(tl.bfloat16)
         high = (((codes >> 4).to(tl.float32) - 8) * scale + zero).to(tl.bfloat16)
     return low, high
+
+
+@kernel
+def from_lanes(values: tl.tensor, rows: tl.constexpr, columns: tl.constexpr) -> tl.tensor:
+    """[rows, columns] in an order where each of four lanes holds 16 contiguous bytes of every 64 -> in plain order.
+
+    In the tensor cores' left operand lane q of four holds columns 2q, 2q + 1, 2q + 8 and 2q + 9 of every 16. With
+    those next to each other in memory a lane reads them with one wide load and nothing is shuffled.
+    """
+    return values.reshape(rows, columns // 64, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(rows, columns)
+
+
+@kernel
+def lane_order(columns: tl.constexpr) -> tl.tensor:
+    """int32 [columns]: where `from_lanes` takes each column from."""
+    c = tl.arange(0, columns)
+    inner = ((c >> 1) & 3) * 16 + ((c >> 4) & 3) * 4 + ((c >> 3) & 1) * 2 + (c & 1)
+    return tl.max_contiguous(tl.multiple_of((c & ~63) + inner, 2), 2)
 
 
 @kernel
@@ -157,24 +175,29 @@ def rows_product(
     bk: tl.constexpr,
     split_k: tl.constexpr,
     kind: tl.constexpr,
+    wide: tl.constexpr,
     packed_math: tl.constexpr,
 ) -> None:
     """y [m, n] = x [m, k] w^T [n, k] * w_scales [n], k a multiple of bk.
 
     kind "fp8": w uint8 e4m3 codes, x bfloat16. "fp8x8": w and x e4m3, the result times x_scales [m]. "int8": w int8.
+    wide: read the codes in `from_lanes`' order, which the rows of x then follow: for few rows.
     """
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = tile_n * bn + tl.arange(0, bn)
     offs_m = tile_m * bm + tl.arange(0, bm)
     offs_k = tl.arange(0, bk)
+    x_order = lane_order(bk) if wide else offs_k
     steps = k // bk
     first, last = split * steps // splits, (split + 1) * steps // splits
     w_ptrs = w + tl.minimum(offs_n, n - 1)[:, None] * k + offs_k[None, :] + first * bk
-    x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + offs_k[None, :] + first * bk
+    x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + x_order[None, :] + first * bk
     acc = tl.zeros((bn, bm), tl.float32)
     for _ in range(first, last):
         codes = tl.load(w_ptrs)
         rows = tl.load(x_ptrs)
+        if wide:
+            codes = from_lanes(codes, bn, bk)
         if kind == "fp8":
             acc = add_product(widen_e4m3(codes, packed_math), rows, acc, packed_math)
         elif kind == "int8":
@@ -206,25 +229,44 @@ def int4_product(
     bm: tl.constexpr,
     bn: tl.constexpr,
     split_k: tl.constexpr,
+    mode: tl.constexpr,
     packed_math: tl.constexpr,
 ) -> None:
-    """y [m, n] = x [m, k] w^T; w as `packing.pack_int4` writes it: codes uint8, both int32."""
+    """y [m, n] = x [m, k] w^T; w as `packing.pack_int4` writes it: codes uint8, both int32.
+
+    mode "fresh": each group is summed on its own and then added, since ptxas serializes products that carry their sum
+    along. "warp": for tiles so small that the compiler takes the older tensor core instruction, whose lanes hold
+    columns 8q .. 8q + 7 of every 32: codes stay where they are and x is read in their order.
+    """
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = tile_n * bn + tl.arange(0, bn)
     offs_m = tile_m * bm + tl.arange(0, bm)
-    offs_j = tl.arange(0, 64)
+    offs_k = tl.arange(0, 64 if mode == "fresh" else 128)
     groups = k // 128
     first, last = split * groups // splits, (split + 1) * groups // splits
     stored = tl.minimum(offs_n, (n + 63) // 64 * 64 - 1)
     block = stored // 64 * groups + first
-    code_ptrs = codes + (block * 64 + stored % 64)[:, None] * 64 + offs_j[None, :]
+    code_ptrs = codes + (block * 64 + stored % 64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     both_ptrs = both + first * n + tl.minimum(offs_n, n - 1)
-    x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + first * 128 + offs_j[None, :]
+    x_ptrs = x + tl.minimum(offs_m, m - 1)[:, None] * k + first * 128 + offs_k[None, :]
     acc = tl.zeros((bn, bm), tl.float32)
     for _ in range(first, last):
-        low, high = widen_int4(tl.load(code_ptrs), tl.load(both_ptrs), packed_math)
-        acc = add_product(low, tl.load(x_ptrs), acc, packed_math)
-        acc = add_product(high, tl.load(x_ptrs + 64), acc, packed_math)
+        packed = tl.load(code_ptrs)
+        if mode == "warp":
+            packed = packed.reshape(bn, 4, 2, 8).permute(0, 2, 1, 3).reshape(bn, 64)
+        else:
+            packed = from_lanes(packed, bn, 64)
+        low, high = widen_int4(packed, tl.load(both_ptrs), packed_math)
+        if mode == "fresh":
+            part = tl.zeros((bn, bm), tl.float32)
+            part = add_product(low, tl.load(x_ptrs), part, packed_math)
+            acc += add_product(high, tl.load(x_ptrs + 64), part, packed_math)
+        else:
+            rows = tl.load(x_ptrs)
+            if mode == "warp":
+                rows = rows.reshape(bm, 4, 2, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(bm, 128)
+            wide = tl.join(low, high).permute(0, 2, 1).reshape(bn, 128)
+            acc = add_product(wide, rows, acc, packed_math)
         code_ptrs += 4096
         both_ptrs += n
         x_ptrs += 128

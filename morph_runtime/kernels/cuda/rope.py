@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from morph_runtime.kernels.cuda.jit import kernel, power_of_two
+from morph_runtime.kernels.cuda.jit import follow, kernel, overlap_options, overlaps, power_of_two
 from morph_runtime.kernels.cuda.layout import check_cache
 
 HEADS_PER_PROGRAM = 16
@@ -34,7 +34,10 @@ def _rope_store(
     FP8_CACHE: tl.constexpr,
     TILE: tl.constexpr,
     HALF: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ) -> None:
+    if OVERLAP:
+        follow()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * TILE + tl.arange(0, TILE)[:, None]
     column = tl.arange(0, HALF)[None, :]
@@ -137,6 +140,7 @@ def rope_store(
         raise ValueError(f"The rope table is {tuple(table.shape)}: it must be [positions, 2, {head_dim}], contiguous.")
     if qk_norm is not None and (qk_norm.shape != (heads + kv_heads, head_dim) or not qk_norm.is_contiguous()):
         raise ValueError(f"qk_norm is {tuple(qk_norm.shape)}: it must be [{heads + kv_heads}, {head_dim}], contiguous.")
+    overlap = overlaps(qkv.device)
     _rope_store[(rows, -(-(heads + 2 * kv_heads) // HEADS_PER_PROGRAM))](
         qkv,
         positions,
@@ -158,5 +162,7 @@ def rope_store(
         k_cache.dtype == torch.float8_e4m3fn,
         HEADS_PER_PROGRAM,
         power_of_two(head_dim // 2),
+        overlap,
         num_warps=4,
+        **overlap_options(overlap),
     )

@@ -86,7 +86,7 @@ class RowsLinear(LinearKernel):
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         rows_product[tile.grid(m, n)](
             x, x_scales, codes, w["scales"], y, partial, w["locks"], m, n, k, tile.splits,
-            tile.bm, tile.bn, tile.bk, split, kind, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
+            tile.bm, tile.bn, tile.bk, split, kind, tile.wide, x.is_cuda, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return y
 

@@ -20,12 +20,20 @@ ROUNDS = 7
 
 
 @kernel
-def _gumbel(bits: tl.tensor) -> tl.tensor:
+def _log2(x: tl.tensor, APPROXIMATE: tl.constexpr) -> tl.tensor:
+    if APPROXIMATE:  # one instruction, off by 2^-22 at most (PTX ISA)
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)
+
+
+@kernel
+def _gumbel(bits: tl.tensor, APPROXIMATE: tl.constexpr) -> tl.tensor:
     """-log(E) with E exponential, from 32 random bits; fine steps where E is small, since that is what wins."""
     uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # bits * 2^-32, below 1
-    tail = uniform + 0.5 * uniform * uniform  # of -log(1 - u), which float32 spoils for small u
-    exponential = tl.where(uniform < 1e-3, tail, -tl.log(1.0 - uniform))
-    return -tl.log(exponential)
+    # -log(1 - u): for small u, where 1 - u in float32 has lost its digits, a series.
+    series = uniform * (1.0 + uniform * (0.5 + uniform * 0.3333333))
+    exponential = tl.where(uniform < 0.01, series, -0.6931471805599453 * _log2(1.0 - uniform, APPROXIMATE))
+    return -0.6931471805599453 * _log2(exponential, APPROXIMATE)
 
 
 @kernel
@@ -50,10 +58,11 @@ def _scan(
     parts: tl.tensor,
     QUARTER: tl.constexpr,
     ROUNDS: tl.constexpr,
+    APPROXIMATE: tl.constexpr,
 ) -> None:
     """The best token of a part of a row."""
-    part = tl.program_id(0)
-    row = tl.program_id(1)
+    row = tl.program_id(0)
+    part = tl.program_id(1)
     lane = tl.arange(0, QUARTER)
     start = part * 4 * QUARTER
     place = logits + row.to(tl.int64) * stride
@@ -71,13 +80,14 @@ def _scan(
         position = tl.load(positions + row)
         counter = part * QUARTER + lane
         zero = counter * 0
+        colder = 1.0 / temperature
         c1 = zero + position.to(tl.int32)  # the lower half
         c2 = zero + (position >> 32).to(tl.int32)
         b0, b1, b2, b3 = tl.philox(seed, counter, c1, c2, zero, ROUNDS)
-        x0 = x0 / temperature + _gumbel(b0)
-        x1 = x1 / temperature + _gumbel(b1)
-        x2 = x2 / temperature + _gumbel(b2)
-        x3 = x3 / temperature + _gumbel(b3)
+        x0 = x0 * colder + _gumbel(b0, APPROXIMATE)
+        x1 = x1 * colder + _gumbel(b1, APPROXIMATE)
+        x2 = x2 * colder + _gumbel(b2, APPROXIMATE)
+        x3 = x3 * colder + _gumbel(b3, APPROXIMATE)
     # What is not a number is as bad as -inf.
     x0 = tl.where(x0 == x0, x0, float("-inf"))
     x1 = tl.where(x1 == x1, x1, float("-inf"))
@@ -131,9 +141,9 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     best = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
     best_token = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
     padded = power_of_two(parts)
-    _scan[(parts, rows)](
+    _scan[(rows, parts)](
         logits, temperatures, seeds, positions, best, best_token, logits.stride(0), vocab, parts,
-        QUARTER, ROUNDS, num_warps=4,
+        QUARTER, ROUNDS, logits.is_cuda, num_warps=4,
     )  # fmt: skip
     _choose[(rows,)](best, best_token, out, parts, padded, num_warps=1)
     return out

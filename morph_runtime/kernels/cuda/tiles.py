@@ -20,6 +20,10 @@ class Tile:
     """Depth of the software pipeline."""
     bk: int = 128
     """Step along K; W4's is always one group."""
+    mode: str = ""
+    """W4's way through a group; see `products.int4_product`."""
+    wide: bool = False
+    """FP8 weights beside full-precision rows: read the codes in wide loads."""
 
     def grid(self, m: int, n: int) -> tuple[int, int, int]:
         """Programs for x [m, K] and W [n, K]."""

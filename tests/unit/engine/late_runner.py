@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from morph_runtime.engine.core import EngineParts
-from morph_runtime.engine.runner import Launched, StepRunner
+from morph_runtime.engine.runner import CpuRunner, Launched, StepRunner
 from morph_runtime.kv import BlockPool
 from morph_runtime.models.batch import HostBatch, check_batch, step_batch
 from morph_runtime.models.decoder import Decoder
@@ -87,7 +87,8 @@ class LateRunner(StepRunner):
         sampler = Sampler(parts.spec.eos_ids, torch.device("cpu"))
         limits = (parts.max_model_len, parts.spec.vocab)
         block_tokens = parts.config.memory.block_tokens
-        return LateRunner(parts.decoder, parts.swapper, sampler, parts.pool, block_tokens, limits, twice)
+        assert isinstance(parts.runner, CpuRunner)
+        return LateRunner(parts.runner.decoder, parts.swapper, sampler, parts.pool, block_tokens, limits, twice)
 
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         step = LateStep(self, batch, rows, previous)

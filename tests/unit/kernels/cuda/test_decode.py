@@ -113,7 +113,7 @@ def test_few_sequences_are_cut_into_more_parts_than_many() -> None:
 
 
 def test_short_contexts_are_not_cut() -> None:
-    assert decode_splits(1, 8, 64, 132) == 1
+    assert decode_splits(1, 8, 32, 132) == 1
 
 
 def test_a_workspace_that_is_too_small_is_refused() -> None:

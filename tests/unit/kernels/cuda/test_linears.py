@@ -76,8 +76,8 @@ def test_splits_along_k_are_added_and_leave_their_locks_open(
 ) -> None:
     kernel = kind(BF16)
     out, scratch = packed(kernel, 50, 640)
-    for bm, bn in ((32, 16), (16, 64), (32, 32)):
-        found = kernel.run_tile(rows(19, 640), out, scratch, Tile(bm, bn, splits, 4, 2))
+    for bm, bn, mode in ((32, 16, ""), (16, 64, "warp"), (32, 32, "fresh")):
+        found = kernel.run_tile(rows(19, 640), out, scratch, Tile(bm, bn, splits, 4, 2, 128, mode, bn == 64))
         close(found, rows(19, 640).float() @ kernel.dequantize(out).t())
         assert not out["locks"].any()
 

@@ -23,11 +23,11 @@ def test_temperature_zero_takes_the_first_of_the_largest(vocab: int, dtype: torc
 
 
 def test_draws_have_the_distribution_of_the_softmax() -> None:
-    """A look at few draws, over tokens in each run of a program and in two programs; tests/gpu takes many."""
-    tokens, draws = 6, 240
+    """A look at few draws, over a token in each run of a program; tests/gpu takes many, over more programs."""
+    tokens, draws = 4, 80
     row = torch.linspace(-1.0, 1.0, tokens)
-    places = torch.arange(tokens) * 400 + 3
-    logits = torch.full((4 * QUARTER + 40,), float("-inf"))
+    places = torch.arange(tokens) * QUARTER + 3
+    logits = torch.full((4 * QUARTER,), float("-inf"))
     logits[places] = row
 
     chosen = torch.tensor(draw(logits.expand(draws, -1), 0.5, list(range(draws)), [5] * draws))
@@ -36,7 +36,7 @@ def test_draws_have_the_distribution_of_the_softmax() -> None:
     assert torch.equal(places[index], chosen), "a token of probability 0"
     expected = (row / 0.5).softmax(0) * draws
     counts = torch.bincount(index, minlength=tokens)
-    assert ((counts - expected) ** 2 / expected).sum() < 25  # 5 degrees of freedom: 1 in 7,000, and the seeds are fixed
+    assert ((counts - expected) ** 2 / expected).sum() < 20  # 3 degrees of freedom: 1 in 5,000, and the seeds are fixed
 
 
 @kernel
@@ -44,7 +44,7 @@ def _noise(out: tl.tensor, SIZE: tl.constexpr) -> None:
     lane = tl.arange(0, SIZE)
     zero = lane * 0
     b0, _b1, _b2, _b3 = tl.philox(tl.load(out).to(tl.int64), lane, zero, zero, zero, ROUNDS)
-    tl.store(out + lane, _gumbel(b0))
+    tl.store(out + lane, _gumbel(b0, False))
 
 
 def test_the_noise_is_gumbel_out_to_the_tail() -> None:
