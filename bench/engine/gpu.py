@@ -123,6 +123,40 @@ def shift(driver: Driver, target: int, batch: int = 64) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def paced(driver: Driver, first: int, every_steps: int, batch: int = 64) -> dict[str, Any]:
+    """Shift a layer every few steps, down and up again in turns, and compare with the same batch left alone."""
+    engine = driver.engine
+
+    def run(shifting: bool) -> tuple[list[float], float, int]:
+        for _ in range(batch):
+            driver.submit(128, 420)
+        driver.run(until_tokens=batch * 20)
+        gaps, last, began, count = [], time.monotonic(), time.monotonic(), 0
+        while engine.has_requests and len(gaps) < 380:
+            if shifting and len(gaps) % every_steps == 0:
+                level = engine.level
+                engine.parts.shifter.target = level + (1 if count % 20 < 10 else -1)
+                count += 1
+            out = engine.step(decide=False)
+            now = time.monotonic()
+            if out and out.tokens:
+                gaps.append((now - last) * 1e3)
+                last = now
+        seconds = time.monotonic() - began
+        driver.run()
+        engine.set_level(first)
+        return gaps[2:], seconds, count
+
+    engine.set_level(first + 5)
+    alone, _, _ = run(False)
+    moved, seconds, count = run(True)
+    return {
+        "layers_per_s": count / seconds, "p50_ms": statistics.median(moved), "p99_ms": quantile(moved, 0.99),
+        "max_ms": max(moved), "alone_p50_ms": statistics.median(alone), "alone_p99_ms": quantile(alone, 0.99),
+        "alone_max_ms": max(alone),
+    }  # fmt: skip
+
+
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser()
@@ -130,7 +164,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=24.0, help="GiB")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--ladder", default="w8,w4")
-    parser.add_argument("--phases", default="decode,prefill,shift")
+    parser.add_argument("--phases", default="decode,prefill,shift,paced")
     parser.add_argument("--batches", default="1,8,32,64,128,256")
     parser.add_argument("--rungs", default="full,w8,w4")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, JSON")
@@ -177,6 +211,10 @@ def main() -> None:
         for target in walks:
             result["shift"].append(shift(driver, target))
             print("shift", json.dumps(result["shift"][-1]), flush=True)
+    if "paced" in given.phases:
+        result["paced"] = [paced(driver, 2, 7), paced(driver, layers + 2, 7)]
+        for row in result["paced"]:
+            print("paced", json.dumps(row), flush=True)
     engine.check_integrity()
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -28,26 +28,36 @@ WARPS = {  # (bn, warps) by rows of x per tile
     32: [(64, 2), (64, 4), (128, 4), (128, 8), (256, 8)],
     64: [(64, 4), (128, 4), (128, 8), (256, 8)],
     128: [(64, 4), (128, 4), (128, 8), (256, 8)],
-    256: [(64, 4), (64, 8), (128, 8)],
+    256: [(64, 4), (128, 4), (128, 8)],
 }
-HEIGHTS = {1: (8, 16), 8: (8, 16), 16: (8, 16), 32: (16, 32), 64: (32, 64), 128: (64, 128), 256: (128, 256)}
+HEIGHTS = {
+    1: (8, 16),
+    8: (8, 16),
+    16: (8, 16),
+    32: (16, 32),
+    64: (32, 64),
+    128: (64, 128),
+    256: (128, 256),
+    512: (128, 256),
+    1024: (128, 256),
+}
 """Rows of x -> candidates for the rows per tile."""
 
 
 def modes(kind: str, bm: int, bn: int, warps: int) -> list[str]:
     """W4's ways through a group that are worth a try."""
     if kind != "int4":
-        return [""]
+        return ["whole"]
     if bm < 16 or warps < 4:
         return ["warp"]
-    return ["fresh", ""] if bm >= 128 else ["fresh"]
+    return ["whole", "halves"]
 
 
 def forms(kind: str, m: int) -> Iterator[Tile]:
     for bm in HEIGHTS[m]:
         for bn, warps in WARPS[bm]:
             x_bytes, w_bytes = (1 if kind == "fp8x8" else 2), (0.5 if kind == "int4" else 1)
-            for stages in (3, 4, 6):
+            for stages in (2, 3, 4) if kind == "int4" and bm >= 64 else (3, 4, 6):
                 for mode in modes(kind, bm, bn, warps):
                     if stages * 128 * (bm * x_bytes + bn * w_bytes) <= 220_000 and (kind == "int4" or warps >= 4):
                         yield Tile(bm, bn, 1, warps, stages, 128, mode, kind == "fp8" and 16 <= bm <= 32)

@@ -2,8 +2,8 @@
 
 A level is reached layer by layer, so a graph for every level and batch size would be thousands. Where every layer
 has the same rung (no load, or the end of a rung) one graph holds the step; in between a step is a chain of short
-graphs, which costs the GPU about 2.6 us a layer. All are captured at start: a capture runs nothing, so a slot needs
-memory only while it is captured, one layer at a time, and addresses never change afterwards.
+graphs, which costs the GPU about 2.6 us a layer, at half the batch sizes. All are captured at start, for addresses
+never change; a capture runs nothing, so the slots need no memory of their own (`CudaPageArena.backed`).
 """
 
 from __future__ import annotations
@@ -43,16 +43,27 @@ class GraphSet:
         """Graphs that have been captured."""
         return len(self._graphs)
 
-    def size_for(self, rows: int) -> int:
-        """The smallest captured batch size that holds `rows`; 0: none does."""
-        at = bisect_left(self.sizes, rows)
-        return self.sizes[at] if at < len(self.sizes) else 0
+    @property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """Every second size: those that graphs of single layers have, which serve while a walk is under way."""
+        return self.sizes[::-1][::2][::-1]
+
+    def size_for(self, rows: int, single: bool) -> int:
+        """The smallest captured batch size that holds `rows`, for graphs of single layers if `single`; 0: none does."""
+        sizes = self.layer_sizes if single else self.sizes
+        at = bisect_left(sizes, rows)
+        return sizes[at] if at < len(sizes) else 0
 
     def capture(self, key: tuple[object, ...], stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
         """Capture what `work` enqueues; nothing runs. Its results live in the pool until the next capture's."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            work()
+        # Not torch.cuda.graph: that collects garbage and empties the cache around each of hundreds of captures.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         self._graphs[key] = graph
 
     def replay(self, key: tuple[object, ...]) -> bool:

@@ -88,7 +88,10 @@ class CudaRunner(StepRunner):
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
         plain = all(map(_is_simple, rows))
-        size = self._graphs.size_for(batch.num_sequences) if self._graphs is not None and batch.all_decodes else 0
+        mixed = len(set(self._swapper.rungs)) > 1 or not plain
+        size = 0
+        if self._graphs is not None and batch.all_decodes:
+            size = self._graphs.size_for(batch.num_sequences, single=mixed)
         self._fill(batch, rows, size or batch.num_tokens)
         with torch.inference_mode():
             if size and len(rows) == batch.num_sequences:
@@ -149,7 +152,7 @@ class CudaRunner(StepRunner):
         if plain:
             self._graphs.replay((size, "head"))
             return None
-        return self._decoder.head(self._hidden[:size], None, None)
+        return self._decoder.head(self._hidden[:size], None)
 
     def _mixed(self, batch: HostBatch, plain: bool) -> Tensor | None:
         """Any step, without graphs; the logits unless `plain`."""
@@ -157,12 +160,14 @@ class CudaRunner(StepRunner):
         self._decoder.embed(step, self._sampled, hidden)
         delta: Tensor | None = None
         attend = self._attention.mixed if not batch.all_decodes else self._attention.decodes(batch.num_sequences)
-        for layer in self._swapper.layers:
-            delta = self._decoder.layer(layer, step, hidden, delta, attend)
-        rows = len(batch.logits_at)
-        if rows == 0:
+        rows, layers = len(batch.logits_at), self._swapper.layers
+        wanted = self._inputs.tensors["logits_at"][:rows] if rows else None
+        for layer in layers[:-1]:
+            hidden, delta = self._decoder.layer(layer, step, hidden, delta, attend)
+        hidden, delta = self._decoder.layer(layers[-1], step, hidden, delta, attend, wanted)
+        if not rows:
             return None
-        logits = self._decoder.head(hidden, delta, self._inputs.tensors["logits_at"][:rows])
+        logits = self._decoder.head(hidden, delta)
         if not plain:
             return logits
         self._choose(logits)
@@ -212,13 +217,15 @@ class CudaRunner(StepRunner):
         count = len(self._swapper.layers)
         with torch.inference_mode():
             for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
-                graphs.capture((size, "embed"), stream, partial(self._embed, size))
-                graphs.capture((size, "head"), stream, partial(self._head, size, None))
                 for rung in rungs:
                     layers = [bind(layer, rung) for layer in range(count)]
                     graphs.capture((size, rung), stream, partial(self._whole, size, layers))
-                    for layer in layers:
-                        graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                    if size in graphs.layer_sizes:
+                        for layer in layers:
+                            graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                if size in graphs.layer_sizes:
+                    graphs.capture((size, "embed"), stream, partial(self._embed, size))
+                    graphs.capture((size, "head"), stream, partial(self._head, size, None))
 
     def _warm_mixed(self, tokens: int, layer: LayerWeights) -> None:
         """A chunk, and a decode if there is room, that read block 0 throughout; nothing is written."""
@@ -237,25 +244,26 @@ class CudaRunner(StepRunner):
         self._inputs.upload(sequences)
         step, hidden = self._step(tokens), self._hidden[:tokens]
         self._decoder.embed(step, self._sampled, hidden)
-        delta = self._decoder.layer(layer, step, hidden, None, self._attention.mixed)
-        self._choose(self._decoder.head(hidden, delta, self._inputs.tensors["logits_at"][:sequences]))
+        hidden, delta = self._decoder.layer(layer, step, hidden, None, self._attention.mixed)
+        self._choose(self._decoder.head(hidden[:sequences], delta[:sequences]))
 
     def _embed(self, size: int) -> None:
         self._decoder.embed(self._step(size), self._sampled, self._hidden[:size])
 
     def _head(self, size: int, delta: Tensor | None) -> None:
-        self._choose(self._decoder.head(self._hidden[:size], delta, None))
+        self._choose(self._decoder.head(self._hidden[:size], delta))
 
     def _single(self, size: int, layer: LayerWeights) -> None:
         hidden = self._hidden[:size]
-        hidden.add_(self._decoder.layer(layer, self._step(size), hidden, None, self._attention.decodes(size)))
+        _, delta = self._decoder.layer(layer, self._step(size), hidden, None, self._attention.decodes(size))
+        hidden.add_(delta)
 
     def _whole(self, size: int, layers: Sequence[LayerWeights]) -> None:
         self._embed(size)
         step, hidden, attend = self._step(size), self._hidden[:size], self._attention.decodes(size)
         delta: Tensor | None = None
         for layer in layers:
-            delta = self._decoder.layer(layer, step, hidden, delta, attend)
+            hidden, delta = self._decoder.layer(layer, step, hidden, delta, attend)
         self._head(size, delta)
 
     def _clear(self, size: int) -> None:

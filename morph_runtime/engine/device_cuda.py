@@ -37,15 +37,15 @@ from morph_runtime.morph.filling_cuda import StreamFiller
 from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.weights.hoststore import PinnedStore
 
-EXTENT_BYTES = 16 * 2**20
-SMALL_EXTENT_BYTES = 2 * 2**20
-"""For budgets under `SMALL_BUDGET`, where a quantum of large extents would be much of the KV cache."""
-SMALL_BUDGET = 4 * GIB
-PLANES_PER_RANGE = 16
-"""Eight layers: bench/gpu_kernels/kv_layout."""
+EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
+"""Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
+size, so large ones make shifts cheap; but the KV cache grows by an extent at a time, and less than one may lie idle."""
+PLANES_PER_RANGE = 2**16
+"""All of them: block-major. Decode reads every layout at the same speed (bench/gpu_kernels, kv_layout), and one range
+makes the growth quantum one extent."""
 OUTSIDE_BYTES = 2 * GIB
 """Upper bound of context, libraries, graphs and PyTorch's pools, apart from what depends on the model."""
-MARGIN_BYTES = 96 * 2**20
+MARGIN_BYTES = 64 * 2**20
 """Left free in the budget: what PyTorch's pools may still grow by."""
 OLDEST = (8, 0)
 OLDEST_FP8 = (8, 9)
@@ -109,7 +109,7 @@ class CudaDevice(EngineDevice):
 
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `EngineDevice.extent_bytes`."""
-        return EXTENT_BYTES if budget_bytes >= SMALL_BUDGET else SMALL_EXTENT_BYTES
+        return next(size for least, size in EXTENTS if budget_bytes >= least)
 
     def workspace_bytes(
         self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int
@@ -157,22 +157,33 @@ class CudaDevice(EngineDevice):
             graphs,
             torch.zeros(tokens, spec.hidden, dtype=parts.model.slots.dtype, device=self._device),
         )
+        self._note("before warm-up", parts.arena)
         rungs = parts.model.slots.rungs
         for rung in rungs:
             with parts.swapper.borrow(0, rung) as layer:
                 runner.warm_up(layer)
+                torch.cuda.synchronize(self._device)  # the slot is given back
         assert isinstance(parts.arena, CudaPageArena)
+        self._note("after warm-up", parts.arena)
         with parts.arena.backed():
             runner.capture(self._stream, parts.swapper.bind, rungs)
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
+        self._note("after capture", parts.arena)
         return runner
+
+    def _note(self, when: str, arena: PageArena) -> None:
+        """Log what is taken outside the arena."""
+        outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes
+        logging.getLogger(__name__).info(
+            "outside the arena %s: %.0f MiB, of which PyTorch %.0f", when, outside / 2**20,
+            torch.cuda.memory_reserved(self._device) / 2**20,
+        )  # fmt: skip
 
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:
         """See `EngineDevice.fit`."""
         assert isinstance(arena, CudaPageArena)
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes + MARGIN_BYTES
-        logging.getLogger(__name__).info("outside the arena: %.3f GiB", outside / GIB)
         if arena.total_extents == ledger.total_extents:
             return replace(ledger, workspace_bytes=outside)
         fitted = replace(

@@ -84,8 +84,14 @@ class CudaDecoder:
         embed(step.token_ids, sampled, self._static.embedding, hidden)
 
     def layer(
-        self, layer: LayerWeights, step: StepTensors, hidden: Tensor, delta: Tensor | None, attend: Attend
-    ) -> Tensor:
+        self,
+        layer: LayerWeights,
+        step: StepTensors,
+        hidden: Tensor,
+        delta: Tensor | None,
+        attend: Attend,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
         """Run one layer.
 
         Args:
@@ -94,9 +100,11 @@ class CudaDecoder:
             hidden: [T, hidden], the residual stream; `delta` and the attention's part are added in place.
             delta: [T, hidden], what the layer before wants added; None: nothing.
             attend: the attention of this step.
+            wanted: int64 [R]: the tokens that matter behind the attention (in the last layer); None: all.
 
         Returns:
-            [T, hidden]: what is to be added to `hidden` after this layer.
+            The residual stream of the tokens that matter, `hidden` itself if that is all, and what is to be added to
+            it after this layer: [R or T, hidden] each.
         """
         spec, rows = self._spec, hidden.shape[0]
         x = add_norm(hidden, delta, layer.input_norm, spec.norm_eps, fp8=layer.qkv.kernel.wants_fp8(rows))
@@ -108,25 +116,24 @@ class CudaDecoder:
         )  # fmt: skip
         queries = qkv[:, : spec.heads * spec.head_dim].view(rows, spec.heads, spec.head_dim)
         mixed = attend(queries, layer.layer, spec.windows[layer.layer])
+        if wanted is not None:
+            mixed, hidden = mixed.index_select(0, wanted), hidden.index_select(0, wanted)
+            rows = hidden.shape[0]
         o = self._run(layer.o, mixed)
         x = add_norm(hidden, o, layer.post_norm, spec.norm_eps, fp8=layer.gate_up.kernel.wants_fp8(rows))
         gate_up = self._run(layer.gate_up, x)
-        return self._run(layer.down, swiglu(gate_up, fp8=layer.down.kernel.wants_fp8(rows)))
+        return hidden, self._run(layer.down, swiglu(gate_up, fp8=layer.down.kernel.wants_fp8(rows)))
 
-    def head(self, hidden: Tensor, delta: Tensor | None, logits_at: Tensor | None) -> Tensor:
-        """The logits of some tokens.
+    def head(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """The logits of tokens.
 
         Args:
-            hidden: [T, hidden]; `delta` is added in place.
-            delta: [T, hidden] or None.
-            logits_at: int64 [R]: which tokens; None: all.
+            hidden: [R, hidden]; `delta` is added in place.
+            delta: [R, hidden] or None.
 
         Returns:
             [R, vocab] of the activations' type.
         """
-        if logits_at is not None:
-            delta = None if delta is None else delta.index_select(0, logits_at)
-            hidden = hidden.index_select(0, logits_at)
         x = add_norm(hidden, delta, self._static.final_norm, self._spec.norm_eps)
         assert isinstance(x, Tensor)
         return F.linear(x, self._static.lm_head)

@@ -22,6 +22,9 @@ from morph_runtime.weights.slots import LayerSlots
 
 BOUNCE_BYTES = 32 * 2**20
 """Room on the GPU for rows of full precision that are quantized on their way in (from W8 to W4)."""
+COPY_BYTES = 4 * 2**20
+"""Copied over PCIe at a time. The inputs of a step go the same way: they wait for one piece at most, about 75 us, not
+for a whole layer."""
 
 
 class StreamFilling(Filling):
@@ -72,7 +75,9 @@ class StreamFiller(LayerFiller):
         with torch.cuda.stream(self._stream):
             if rung == "full":
                 stored = self._store.bytes_of(layer)
-                slot[: stored.shape[0]].copy_(stored, non_blocking=True)
+                for first in range(0, stored.shape[0], COPY_BYTES):
+                    part = stored[first : first + COPY_BYTES]
+                    slot[first : first + part.shape[0]].copy_(part, non_blocking=True)
             else:
                 self._quantize(self._slots.bind(layer, rung, slot), source)
             event = torch.cuda.Event()
@@ -103,5 +108,7 @@ class StreamFiller(LayerFiller):
         room = self._bounce[: step * columns * rows.itemsize].view(rows.dtype).view(step, columns)
         for first in range(0, total, step):
             part = rows[first : first + step]
-            room[: len(part)].copy_(part, non_blocking=True)
+            few = max(1, COPY_BYTES // (columns * rows.itemsize))
+            for row in range(0, len(part), few):
+                room[row : row + few][: len(part) - row].copy_(part[row : row + few], non_blocking=True)
             linear.kernel.pack(room[: len(part)], linear.tensors, first)

@@ -6,11 +6,8 @@ import torch
 from kernels.cuda.oracle import Paged, attention, paged
 
 pytest.importorskip("triton")
-from morph_runtime.kernels.attention import AttentionShape
 from morph_runtime.kernels.cuda.attention_decode import allocate_workspace, decode, decode_splits
 from morph_runtime.kernels.cuda.attention_prefill import prefill, prefill_tiles, tile_tokens
-from morph_runtime.kernels.cuda.attention_step import StepAttention
-from morph_runtime.models.batch import SequenceSlice
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 SHAPES = {
@@ -138,10 +135,18 @@ def test_a_mixed_step() -> None:
     parts = [(1, 4000), (300, 900), (1, 1), (1, 60), (129, 129)]
     cache = paged([context for _, context in parts], 8, 128, 16, torch.bfloat16, "cuda")
     starts = [sum(length for length, _ in parts[:index]) for index in range(len(parts) + 1)]
-    slices = [SequenceSlice(start, *part) for start, part in zip(starts, parts, strict=False)]
-    tables = [[block for block in row if block >= 0] for row in cache.tables.tolist()]
     q = queries(starts[-1], 32, 8, 128, torch.bfloat16)
-    step = StepAttention(AttentionShape(32, 8, 128, 16, 8192), torch.bfloat16, 8, q.device)
-    out = step.run(q, cache.k, cache.v, step.plan(slices, tables))
+    out = torch.full((len(q), 32 * 128), torch.nan, dtype=q.dtype, device="cuda")
+    picks = [(i, starts[i]) for i, (length, _) in enumerate(parts) if length == 1]
+    chunks = [(i, length) for i, (length, _) in enumerate(parts) if length > 1]
+    splits = decode_splits(len(picks), 8, 8192, 132)
+    workspace = allocate_workspace(len(picks), 32, 128, splits, q.device)
+    decode(
+        q, cache.k, cache.v, cache.tables, cache.contexts, out, workspace,
+        splits=splits, scale=128**-0.5, picks=torch.tensor(picks, dtype=torch.int32, device="cuda"),
+    )  # fmt: skip
+    tiles = torch.tensor(prefill_tiles(chunks, tile_tokens(32, 8, 128, 2)), dtype=torch.int32, device="cuda")
+    offsets = torch.tensor(starts, dtype=torch.int32, device="cuda")
+    prefill(q, cache.k, cache.v, cache.tables, offsets, cache.contexts, tiles, out, scale=128**-0.5)
     expected = attention(q, cache, starts, 128**-0.5)
     torch.testing.assert_close(out.float(), expected, atol=1.6e-2, rtol=1.6e-2)

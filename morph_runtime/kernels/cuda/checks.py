@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from morph_runtime.kernels.cuda.tiles import Tile
 
-LOCK_ROWS = 16
-"""Rows of W per lock: the smallest tile."""
+SHARED_EVERYWHERE = 90 << 10
+"""Bytes of shared memory that a block gets on every GPU from SM80 on."""
+
+SHARED_SPARE = 4 << 10
+"""Bytes beside the stages: scales, barriers, reductions."""
 
 
 def check_gpu(dtype: torch.dtype, device: torch.device, capability: tuple[int, int]) -> str:
@@ -50,3 +55,13 @@ def exchange(scratch: Tensor, locks: Tensor, tile: Tile, m: int, n: int) -> tupl
             f"and {tiles_m * tiles_n} locks, not {locks.shape[0]}"
         )
     return scratch[:size].view(torch.float32), True
+
+
+def fitted(tile: Tile, x: Tensor, weight_bytes: float) -> Tile:
+    """The tile with as many pipeline stages as the shared memory of x's GPU holds; weight_bytes: of one code."""
+    stage = int(tile.bk * (tile.bm * x.itemsize + tile.bn * weight_bytes))
+    if not x.is_cuda or tile.stages * stage <= SHARED_EVERYWHERE:
+        return tile
+    properties = torch.cuda.get_device_properties(x.device)
+    limit = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block) - SHARED_SPARE
+    return replace(tile, stages=max(2, min(tile.stages, limit // stage)))

@@ -1,19 +1,22 @@
 """W4 on a GPU: 4-bit codes in groups of 128 with scale and zero, bfloat16 tensor cores.
 
-Few rows of x: a fused kernel that reads the codes once. Many: the weights are converted to scratch and cuBLAS
-multiplies, since then the arithmetic is the limit and the conversion a small part of it.
+Up to some hundred rows of x: a fused kernel that converts codes in registers. Many: the weights are converted to
+scratch and cuBLAS multiplies, since then the arithmetic is the limit and the conversion a small part of it. It is done
+in pieces, the next one on a stream of its own while the present one is multiplied.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from morph_runtime.kernels.cuda.checks import LOCK_ROWS, check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange, fitted
 from morph_runtime.kernels.cuda.packing import pack_int4, unpack_int4
 from morph_runtime.kernels.cuda.products import int4_product
-from morph_runtime.kernels.cuda.tiles import EDGES, Tile, pick_int4
+from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_int4
 from morph_runtime.kernels.linear import FieldSpec, GroupedInt4Kernel, LinearShape, Tensors, carve
 from morph_runtime.kernels.quantize import dequantize_groups_int4
 from morph_runtime.kernels.rung import GROUP
@@ -21,11 +24,20 @@ from morph_runtime.kernels.rung import GROUP
 BLOCK = 64
 """Rows of W that are stored together."""
 
-FUSED_MAX_ROWS = 256
+FUSED_MAX_ROWS = 1024
 """Rows of x up to which the fused kernel is the faster one (bench/gpu_kernels)."""
 
-PACK_ROWS = 32
+PIECE_ROWS = 2048
+"""Rows of W that are converted at a time, or a multiple: fewer would not fill the GPU's multiprocessors."""
+PIECE_BYTES = 32 << 20
+"""Larger pieces than one of PIECE_ROWS stay below this."""
+PACK_ROWS = 16
 """Rows of W per program of the pack kernel, and of its inverse."""
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class TritonInt4Linear(GroupedInt4Kernel):
@@ -56,9 +68,10 @@ class TritonInt4Linear(GroupedInt4Kernel):
         ]
 
     def scratch_bytes(self, shape: LinearShape) -> int:
-        """The linear in full precision, or what the splits exchange."""
+        """Two pieces of the linear in full precision, or what the splits exchange."""
         n, k = shape.out_features, shape.in_features
-        return max(n * k * self.dtype.itemsize, *(pick_int4(m, n, k).partial_bytes(m, n) for m in EDGES))
+        pieces = 2 * self._piece_rows(n, k) * k * self.dtype.itemsize
+        return max(pieces, *(pick_int4(m, n, k).partial_bytes(m, n) for m in EDGES))
 
     def pack(self, weight: Tensor, out: Tensors, first_row: int = 0) -> None:
         """Quantize and pack rows in one launch; weight [n, K]."""
@@ -67,7 +80,9 @@ class TritonInt4Linear(GroupedInt4Kernel):
         rows, k = weight.shape
         check_weight(weight, n, GROUP * groups, first_row)
         tiny = torch.finfo(torch.bfloat16).tiny
-        pack_int4[groups, -(-rows // PACK_ROWS)](weight, codes, both, locks, first_row, rows, n, k, tiny, PACK_ROWS)
+        pack_int4[groups, -(-rows // PACK_ROWS)](
+            weight, codes, both, locks, first_row, rows, n, k, tiny, PACK_ROWS, weight.is_cuda, num_warps=1
+        )
 
     def pack_codes(self, codes: Tensor, scales: Tensor, zeros: Tensor, out: Tensors, first_row: int = 0) -> None:
         """Pack codes [n, K]."""
@@ -90,12 +105,13 @@ class TritonInt4Linear(GroupedInt4Kernel):
         check_rows(x, GROUP * groups, self.dtype)
         if x.shape[0] <= FUSED_MAX_ROWS and self.dtype == torch.bfloat16:
             return self.run_tile(x, w, scratch, pick_int4(x.shape[0], n, x.shape[1]))
-        return F.linear(x, self.unpack(w, scratch))
+        return self._run_pieces(x, w, scratch)
 
     def run_tile(self, x: Tensor, w: Tensors, scratch: Tensor, tile: Tile) -> Tensor:
         """The fused product with a given tile; x [M, K] bfloat16 -> [M, N]."""
         m, k = x.shape
         n = w["both"].shape[1]
+        tile = fitted(tile, x, 0.5)
         y = torch.empty((m, n), dtype=x.dtype, device=x.device)
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         int4_product[tile.grid(m, n)](
@@ -104,12 +120,44 @@ class TritonInt4Linear(GroupedInt4Kernel):
         )  # fmt: skip
         return y
 
-    def unpack(self, w: Tensors, scratch: Tensor) -> Tensor:
-        """The weights, rounded to `dtype`, in scratch: [N, K]."""
+    def unpack(self, w: Tensors, weight: Tensor, first_row: int) -> None:
+        """Write the rows from `first_row` on, rounded to `dtype`, into `weight` [rows, K]."""
         groups, n = w["both"].shape
-        weight = carve(scratch, 0, (n, GROUP * groups), self.dtype)
-        unpack_int4[groups, -(-n // PACK_ROWS)](w["codes"], w["both"], weight, n, GROUP * groups, PACK_ROWS)
-        return weight
+        unpack_int4[groups, -(-weight.shape[0] // PACK_ROWS)](
+            w["codes"], w["both"], weight, first_row, min(n, first_row + weight.shape[0]), n, GROUP * groups, PACK_ROWS,
+            num_warps=1,
+        )  # fmt: skip
+
+    def _run_pieces(self, x: Tensor, w: Tensors, scratch: Tensor) -> Tensor:
+        """x [M, K] -> [M, N] by way of scratch, two pieces of which take turns."""
+        (m, k), n = x.shape, w["both"].shape[1]
+        step = self._piece_rows(n, k)
+        y = torch.empty((m, n), dtype=x.dtype, device=x.device)
+        halves = [carve(scratch, side * step * k * self.dtype.itemsize, (step, k), self.dtype) for side in range(2)]
+        if not x.is_cuda or n <= step:
+            for first in range(0, n, step):
+                weight = halves[0][: min(step, n - first)]
+                self.unpack(w, weight, first)
+                y[:, first : first + step] = F.linear(x, weight)
+            return y
+        steps, ahead = torch.cuda.current_stream(x.device), _side_stream(x.device)
+        ahead.wait_stream(steps)
+        used: list[torch.cuda.Event | None] = [None, None]
+        for number, first in enumerate(range(0, n, step)):
+            weight = halves[number % 2][: min(step, n - first)]
+            with torch.cuda.stream(ahead if number else steps):
+                if (event := used[number % 2]) is not None:
+                    ahead.wait_event(event)
+                self.unpack(w, weight, first)
+            if number:
+                steps.wait_stream(ahead)
+            torch.mm(x, weight.t(), out=y[:, first : first + step])
+            used[number % 2] = steps.record_event()
+        return y
+
+    def _piece_rows(self, n: int, k: int) -> int:
+        fit = PIECE_BYTES // (k * self.dtype.itemsize) // PIECE_ROWS * PIECE_ROWS
+        return min(max(PIECE_ROWS, fit), -(-n // BLOCK) * BLOCK)
 
     def dequantize(self, w: Tensors) -> Tensor:
         """(code - 8) * scale + zero, float32 [N, K]."""

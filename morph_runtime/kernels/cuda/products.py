@@ -120,6 +120,18 @@ def add_product(w: tl.tensor, rows: tl.tensor, acc: tl.tensor, packed_math: tl.c
 
 
 @kernel
+def detached(acc: tl.tensor, packed_math: tl.constexpr) -> tl.tensor:
+    """acc, hidden from the compiler for a moment.
+
+    A sum that a loop carries straight into its next product makes the compiler cut that product into slices with a
+    wait after each, and ptxas then runs them one by one (its remark C7515). An empty step in between prevents that.
+    """
+    if packed_math:
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], dtype=tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@kernel
 def finish(
     acc: tl.tensor,
     y: tl.tensor,
@@ -199,7 +211,7 @@ def rows_product(
         if wide:
             codes = from_lanes(codes, bn, bk)
         if kind == "fp8":
-            acc = add_product(widen_e4m3(codes, packed_math), rows, acc, packed_math)
+            acc = add_product(widen_e4m3(codes, packed_math), rows, detached(acc, packed_math), packed_math)
         elif kind == "int8":
             acc = add_product(codes.to(tl.float32).to(tl.bfloat16), rows, acc, packed_math)
         else:
@@ -234,14 +246,14 @@ def int4_product(
 ) -> None:
     """y [m, n] = x [m, k] w^T; w as `packing.pack_int4` writes it: codes uint8, both int32.
 
-    mode "fresh": each group is summed on its own and then added, since ptxas serializes products that carry their sum
-    along. "warp": for tiles so small that the compiler takes the older tensor core instruction, whose lanes hold
-    columns 8q .. 8q + 7 of every 32: codes stay where they are and x is read in their order.
+    mode "whole": one product per group. "halves": two, of half the registers. "warp": for tiles so small that the
+    compiler takes the older tensor core instruction, whose lanes hold columns 8q .. 8q + 7 of every 32: codes stay
+    where they are and x is read in their order.
     """
     tile_m, tile_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_n = tile_n * bn + tl.arange(0, bn)
     offs_m = tile_m * bm + tl.arange(0, bm)
-    offs_k = tl.arange(0, 64 if mode == "fresh" else 128)
+    offs_k = tl.arange(0, 64 if mode == "halves" else 128)
     groups = k // 128
     first, last = split * groups // splits, (split + 1) * groups // splits
     stored = tl.minimum(offs_n, (n + 63) // 64 * 64 - 1)
@@ -257,14 +269,15 @@ def int4_product(
         else:
             packed = from_lanes(packed, bn, 64)
         low, high = widen_int4(packed, tl.load(both_ptrs), packed_math)
-        if mode == "fresh":
-            part = tl.zeros((bn, bm), tl.float32)
-            part = add_product(low, tl.load(x_ptrs), part, packed_math)
-            acc += add_product(high, tl.load(x_ptrs + 64), part, packed_math)
+        if mode == "halves":
+            acc = add_product(low, tl.load(x_ptrs), detached(acc, packed_math), packed_math)
+            acc = add_product(high, tl.load(x_ptrs + 64), detached(acc, packed_math), packed_math)
         else:
             rows = tl.load(x_ptrs)
             if mode == "warp":
                 rows = rows.reshape(bm, 4, 2, 2, 4, 2).permute(0, 1, 4, 2, 3, 5).reshape(bm, 128)
+            else:
+                acc = detached(acc, packed_math)
             wide = tl.join(low, high).permute(0, 2, 1).reshape(bn, 128)
             acc = add_product(wide, rows, acc, packed_math)
         code_ptrs += 4096

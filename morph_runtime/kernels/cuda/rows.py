@@ -1,7 +1,7 @@
 """W8 on a GPU: FP8 or int8 codes [N, K] as they are, with one float32 scale per output row.
 
-One layout serves every path: the fused kernel of few full-precision rows, PyTorch's FP8 product of many FP8 rows,
-and the portable path through scratch.
+One layout serves every path: our kernel of FP8 rows, PyTorch's FP8 product of very many, our kernel of
+full-precision rows, and the portable path through scratch.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morph_runtime.kernels.activation import Fp8Rows
-from morph_runtime.kernels.cuda.checks import LOCK_ROWS, check_gpu, check_rows, check_weight, exchange
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange, fitted
 from morph_runtime.kernels.cuda.jit import power_of_two
 from morph_runtime.kernels.cuda.packing import pack_rows
 from morph_runtime.kernels.cuda.products import rows_product
-from morph_runtime.kernels.cuda.tiles import EDGES, Tile, pick_fp8, pick_rows
+from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_fp8, pick_rows
 from morph_runtime.kernels.linear import FieldSpec, LinearKernel, LinearShape, Tensors, carve
 from morph_runtime.kernels.quantize import FP8_MAX
 
@@ -82,6 +82,7 @@ class RowsLinear(LinearKernel):
     ) -> Tensor:
         m, k = x.shape
         n = codes.shape[0]
+        tile = fitted(tile, x, 1)
         y = torch.empty((m, n), dtype=self.dtype, device=x.device)
         partial, split = exchange(scratch, w["locks"], tile, m, n)
         rows_product[tile.grid(m, n)](
@@ -114,14 +115,14 @@ class TritonInt8Linear(RowsLinear):
 
 
 class Fp8Linear(RowsLinear):
-    """W8 in FP8 (e4m3): W8A16 for few rows, W8A8 for many, whose activations come in FP8 with a scale per row."""
+    """W8 in FP8 (e4m3): W8A8 where the activations come in FP8 with a scale per row, which is faster; else W8A16."""
 
     name = "fp8"
     codes_dtype = torch.float8_e4m3fn
     top = FP8_MAX
     kind = "fp8"
 
-    def __init__(self, dtype: torch.dtype, w8a8_min_rows: int = 65, own_max_rows: int = 0) -> None:
+    def __init__(self, dtype: torch.dtype, w8a8_min_rows: int = 1, own_max_rows: int = 256) -> None:
         """Measured crossovers (bench/gpu_kernels); fixed, so that results repeat.
 
         Args:

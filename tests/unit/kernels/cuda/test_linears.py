@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -11,7 +13,7 @@ pytest.importorskip("triton")
 from morph_runtime.kernels.activation import Fp8Rows
 from morph_runtime.kernels.cuda.int4 import TritonInt4Linear
 from morph_runtime.kernels.cuda.rows import Fp8Linear, RowsLinear, TritonInt8Linear
-from morph_runtime.kernels.cuda.tiles import Tile
+from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_fp8, pick_int4, pick_rows
 from morph_runtime.kernels.linear import LinearKernel, LinearShape
 from morph_runtime.kernels.quantize import (
     dequantize_groups_int4,
@@ -76,7 +78,7 @@ def test_splits_along_k_are_added_and_leave_their_locks_open(
 ) -> None:
     kernel = kind(BF16)
     out, scratch = packed(kernel, 50, 640)
-    for bm, bn, mode in ((32, 16, ""), (16, 64, "warp"), (32, 32, "fresh")):
+    for bm, bn, mode in ((32, 16, "whole"), (16, 64, "warp"), (32, 32, "halves")):
         found = kernel.run_tile(rows(19, 640), out, scratch, Tile(bm, bn, splits, 4, 2, 128, mode, bn == 64))
         close(found, rows(19, 640).float() @ kernel.dequantize(out).t())
         assert not out["locks"].any()
@@ -143,6 +145,22 @@ def test_wrong_arguments_are_refused(kind: type[RowsLinear]) -> None:
         kernel.pack(weights(64, 256), out, 64)
     with pytest.raises(ValueError, match="scratch"):
         kernel.run_tile(rows(2, 256), out, scratch[:64], Tile(16, 64, 2, 4, 2))
+
+
+@given(m=st.integers(1, 3000), n=st.integers(1, 50000), groups=st.integers(1, 200), table=st.sampled_from([0, 1, 2]))
+def test_every_tile_finds_its_locks_its_scratch_and_enough_of_k(m: int, n: int, groups: int, table: int) -> None:
+    pick, k = (pick_int4, pick_rows, pick_fp8)[table], 128 * groups
+    tile = pick(m, n, k)
+    tiles_m, tiles_n, splits = tile.grid(m, n)
+    assert splits == 1 or (splits * 2 <= groups and tiles_m * tiles_n <= -(-n // LOCK_ROWS))
+    assert tile.partial_bytes(m, n) <= max(pick(edge, n, k).partial_bytes(edge, n) for edge in EDGES)
+
+
+def test_fp8_rows_are_wanted_beside_bfloat16_alone() -> None:
+    assert Fp8Linear(BF16).wants_fp8(1) and not Fp8Linear(torch.float32).wants_fp8(1)
+    assert not TritonInt4Linear(BF16).wants_fp8(512)
+    with pytest.raises(ValueError, match="takes no FP8 rows"):
+        TritonInt4Linear(BF16).run_fp8(Fp8Rows(torch.zeros(1), torch.zeros(1)), {}, torch.zeros(1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
