@@ -109,7 +109,7 @@ class MorphSettings:
     """Seconds from arrival to first token that the controller tries to hold."""
     interval_s: float = 0.05
     """Seconds between decisions."""
-    depth: int = 8
+    depth: int = 16
     """Layers that may be changing at the same time on a GPU (on a CPU, one)."""
     dwell_s: float = 2.0
     """Seconds for which the pressure must have gone before a level is given back."""

@@ -88,10 +88,10 @@ class CudaRunner(StepRunner):
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
         plain = all(map(_is_simple, rows))
-        mixed = len(set(self._swapper.rungs)) > 1 or not plain
         size = 0
         if self._graphs is not None and batch.all_decodes:
-            size = self._graphs.size_for(batch.num_sequences, single=mixed)
+            fine = plain and all(rung == "full" for rung in self._swapper.rungs)
+            size = self._graphs.size_for(batch.num_sequences, fine)
         self._fill(batch, rows, size or batch.num_tokens)
         with torch.inference_mode():
             if size and len(rows) == batch.num_sequences:
@@ -134,7 +134,7 @@ class CudaRunner(StepRunner):
             host["draws"][: len(rows)] = [row.output_len for row in rows]
         if not batch.all_decodes:
             self._attention.plan(batch, host)
-        self._inputs.upload(sequences)
+        self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)))
 
     def _step(self, tokens: int) -> StepTensors:
         tensors = self._inputs.tensors
@@ -217,13 +217,13 @@ class CudaRunner(StepRunner):
         count = len(self._swapper.layers)
         with torch.inference_mode():
             for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
-                for rung in rungs:
+                coarse = size in graphs.coarse
+                for rung in rungs if coarse else rungs[:1]:
                     layers = [bind(layer, rung) for layer in range(count)]
                     graphs.capture((size, rung), stream, partial(self._whole, size, layers))
-                    if size in graphs.layer_sizes:
-                        for layer in layers:
-                            graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
-                if size in graphs.layer_sizes:
+                    for layer in layers if coarse else ():
+                        graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                if coarse:
                     graphs.capture((size, "embed"), stream, partial(self._embed, size))
                     graphs.capture((size, "head"), stream, partial(self._head, size, None))
 
@@ -241,7 +241,7 @@ class CudaRunner(StepRunner):
         zeros, nothing = np.zeros(tokens, dtype=np.int64), np.zeros(0, dtype=np.int32)
         batch = HostBatch(zeros, zeros, zeros, lengths, lengths, nothing, nothing, zeros[:sequences])
         self._attention.plan(batch, host)
-        self._inputs.upload(sequences)
+        self._inputs.upload(sequences, host["tables"].shape[1])
         step, hidden = self._step(tokens), self._hidden[:tokens]
         self._decoder.embed(step, self._sampled, hidden)
         hidden, delta = self._decoder.layer(layer, step, hidden, None, self._attention.mixed)
@@ -271,7 +271,7 @@ class CudaRunner(StepRunner):
         host = self._inputs.host()
         for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("contexts", 0), ("temperatures", 0)):
             host[name][:size] = value
-        self._inputs.upload(size)
+        self._inputs.upload(size, 0)
 
 
 def _is_simple(row: SamplingRow) -> bool:

@@ -56,6 +56,11 @@ class BlockPool:
         """Blocks that nobody holds and whose content is kept for now."""
         return len(self._cached)
 
+    @property
+    def free_tail(self) -> int:
+        """How many of the highest ids are free: they can be given up without a migration or an eviction."""
+        return self._capacity - 1 - max((*self._references, *self._cached), default=-1)
+
     def holders(self, block: int) -> int:
         """References to a block; 0 unless it is live."""
         return self._references.get(block, 0)
