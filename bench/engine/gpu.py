@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import statistics
 import sys
@@ -221,6 +222,7 @@ def main() -> None:
         name, value = item.split("=", 1)
         *section, field = name.split(".")
         (settings.setdefault(section[0], {}) if section else settings)[field] = json.loads(value)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.monotonic()
     engine = build_engine(EngineConfig.from_mapping(settings), opener=open_random)
     driver, parts = Driver(engine), engine.parts

@@ -142,6 +142,9 @@ class CudaDevice(EngineDevice):
     def runner(self, parts: RunnerParts) -> StepRunner:
         """Compiles, warms up and captures."""
         config, spec = parts.config, parts.model.spec
+        # What loading has left in PyTorch's pool would be carved up by what lives on, and stay. What the warm-up
+        # leaves there is kept: steps will need it again.
+        torch.cuda.empty_cache()
         sequences, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
         scratch = torch.empty(parts.model.slots.scratch_bytes, dtype=torch.uint8, device=self._device)
         decoder = CudaDecoder(spec, parts.static, parts.cache, scratch, parts.max_model_len)
@@ -168,7 +171,6 @@ class CudaDevice(EngineDevice):
         with parts.arena.backed():
             runner.capture(self._stream, parts.swapper.bind, rungs)
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
         self._note("after capture", parts.arena)
         return runner
 
@@ -176,8 +178,8 @@ class CudaDevice(EngineDevice):
         """Log what is taken outside the arena."""
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes
         logging.getLogger(__name__).info(
-            "outside the arena %s: %.0f MiB, of which PyTorch %.0f", when, outside / 2**20,
-            torch.cuda.memory_reserved(self._device) / 2**20,
+            "outside the arena %s: %.0f MiB, of which PyTorch holds %.0f and uses %.0f", when, outside / 2**20,
+            torch.cuda.memory_reserved(self._device) / 2**20, torch.cuda.memory_allocated(self._device) / 2**20,
         )  # fmt: skip
 
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:
