@@ -173,7 +173,9 @@ def kernels_of(engine: Engine, steps: int) -> list[tuple[float, float, int, str]
 
 
 def idle(events: list[tuple[float, float, int, str]]) -> float:
-    """The share of time in which nothing ran."""
+    """The share of time in which nothing ran, from the end of the second step on: a profile begins with a pause."""
+    ends = [i for i, event in enumerate(events) if "DtoH" in event[3]]
+    events = events[ends[1] :]
     first = end = events[0][0]
     busy = 0.0
     for start, duration, *_ in events:

@@ -336,5 +336,6 @@ class Engine:
         if self._flight is not None:
             self._flight.launched.result()
         self._parts.intake.close()
+        self._parts.runner.close()
         self._parts.swapper.close()
         self._parts.arena.close()

@@ -8,6 +8,7 @@ never change; a capture runs nothing, so the slots need no memory of their own (
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -65,6 +66,8 @@ class GraphSet:
     def capture(self, key: tuple[object, ...], stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
         """Capture what `work` enqueues; nothing runs. Its results live in the pool until the next capture's."""
         graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # freeing another graph in the middle of a capture would end it
         # Not torch.cuda.graph: that collects garbage and empties the cache around each of hundreds of captures.
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -72,6 +75,8 @@ class GraphSet:
                 work()
             finally:
                 graph.capture_end()
+                if collecting:
+                    gc.enable()
         self._graphs[key] = graph
 
     def replay(self, key: tuple[object, ...]) -> bool:

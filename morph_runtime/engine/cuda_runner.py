@@ -111,6 +111,12 @@ class CudaRunner(StepRunner):
         event.record()
         return Enqueued(result, event)
 
+    def close(self) -> None:
+        """Free the graphs."""
+        torch.cuda.synchronize()
+        if self._graphs is not None:
+            self._graphs.close()
+
     # -- what a step enqueues ------------------------------------------------------------------------------------
 
     def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], padded: int) -> None:

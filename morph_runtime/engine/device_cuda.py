@@ -124,8 +124,7 @@ class CudaDevice(EngineDevice):
         """Static weights, layers, staging and the least KV cache; or all of it if no budget is set."""
         total = ledger.total_extents
         if config.memory.budget_gib:
-            fixed = ledger.static_extents + ledger.weight_extents(0) + ledger.staging_extents
-            total = min(total, fixed + ledger.quantum.extents)
+            total = min(total, ledger.fixed_extents + ledger.quantum.extents)
         return CudaPageArena(total, ledger.extent_bytes)
 
     def fill_static(self, model: OpenModel, slot: torch.Tensor) -> None:

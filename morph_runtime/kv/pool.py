@@ -149,6 +149,10 @@ class BlockPool:
             heapq.heappush(self._free, block)
         self._capacity = self._mapped = capacity
 
+    def is_live_from(self, block: int) -> bool:
+        """Whether any id from this one on is live, and would have to move if the capacity were lowered to it."""
+        return any(live >= block for live in self._references)
+
     def reserve_below(self, capacity: int) -> None:
         """Begin a shrink: cached blocks at or above `capacity` are evicted, and no such id is given out any more.
 

@@ -64,6 +64,10 @@ class KVResizer:
         self.has_lent = False
         return quanta * self._cache.quantum_blocks
 
+    def must_move(self, blocks: int) -> bool:
+        """Whether `lower` to so many blocks would move any."""
+        return self._pool.is_live_from(blocks)
+
     def lower(self, blocks: int) -> None:
         """Give up all blocks from `blocks`, whole quanta, on; their pages come back with `finish`.
 

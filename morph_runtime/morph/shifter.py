@@ -143,7 +143,8 @@ class LevelShifter:
         if self._room >= self._begun:
             # The whole bundle at once if live KV allows, else one layer.
             for goal in (max(self.target, self._begun - self._swapper.depth), self._begun - 1):
-                self._before_change()
+                if self._resizer.must_move(self._capacities[goal]):
+                    self._before_change()
                 try:
                     self._resizer.lower(self._capacities[goal])
                 except CannotShrink as reason:
