@@ -11,6 +11,7 @@ from morph_runtime.scheduler import Request, StepPlan
 def make_batch(plan: StepPlan, block_tokens: int) -> tuple[HostBatch, list[Request]]:
     """The arrays of a step, and the requests whose next token its logits give, in row order.
 
+    The rows of positions that are scored come after those, in the order of `plan.scored`.
     The arrays are copies: block tables may change while the step runs.
     """
     slices = plan.slices
@@ -36,7 +37,11 @@ def make_batch(plan: StepPlan, block_tokens: int) -> tuple[HostBatch, list[Reque
         first_blocks = np.repeat(first_blocks, lengths)
     slots = blocks[first_blocks + positions // block_tokens] * np.int64(block_tokens) + positions % block_tokens
     sampling = [part.request for part in slices if part.samples]
-    samples = len(sampling) == len(slices)
+    logits_at = last if len(sampling) == len(slices) else last[[part.samples for part in slices]]
+    if plan.scored:
+        begins = last + 1 - lengths - starts  # int64 [S]: index of a sequence's token in the step, less its position
+        scored = [np.arange(first, first + count) + begins[part] for part, first, count in plan.scored]
+        logits_at = np.concatenate([logits_at, *scored])
     batch = HostBatch(
         token_ids=token_ids,
         positions=positions,
@@ -45,6 +50,6 @@ def make_batch(plan: StepPlan, block_tokens: int) -> tuple[HostBatch, list[Reque
         contexts=(starts + lengths).astype(np.int32),
         blocks=blocks,
         block_counts=counts,
-        logits_at=last if samples else last[[part.samples for part in slices]],
+        logits_at=logits_at,
     )
     return batch, sampling

@@ -106,7 +106,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
             resizer=resizer,
             shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
             controller=Controller(config.morph, plan.max_level),
-            intake=Intake(scheduler, grammars),
+            intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
             runner=runner,
             order=device.order,
         )

@@ -24,6 +24,7 @@ from morph_runtime.engine.messages import (
     Submit,
     TokenDelta,
 )
+from morph_runtime.engine.prompt_scores import book_scores, scoring_rows
 from morph_runtime.engine.runner import Launched, StepRunner
 from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
@@ -69,7 +70,7 @@ class EngineParts:
 
 @dataclass(frozen=True)
 class Flight:
-    """A step between its launch and its resolution; `sampling` are the requests of its rows."""
+    """A step between its launch and its resolution; `sampling` are the requests of its first rows."""
 
     plan: StepPlan
     sampling: list[Request]
@@ -118,7 +119,8 @@ class Engine:
                 sampling=message.sampling,
                 priority=message.priority,
                 arrival_s=message.arrival_s,
-            )
+            ),
+            message.after,
         )
 
     def cancel(self, key: int) -> None:
@@ -154,7 +156,7 @@ class Engine:
         scheduler = self._parts.scheduler
         if self._flight is not None or self._news.resolved:
             return True
-        return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_compiling > 0
+        return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_held > 0
 
     @property
     def statistics(self) -> LoadStatistics:
@@ -200,7 +202,7 @@ class Engine:
             started_cached=[r.cached_tokens for r in plan.started],
             tokens=news.tokens,
             finished=news.finished,
-            waiting=scheduler.num_waiting + intake.num_compiling,
+            waiting=scheduler.num_waiting + intake.num_held,
             running=scheduler.num_running,
         )
 
@@ -216,7 +218,7 @@ class Engine:
         batch, sampling = make_batch(plan, parts.config.memory.block_tokens)
         rows = parts.intake.rows(sampling)
         previous = self._flight.launched if self._flight is not None else None
-        launched = parts.runner.launch(batch, rows, previous)
+        launched = parts.runner.launch(batch, rows + scoring_rows(plan), previous)
         parts.scheduler.advance(plan)
         needs_values = any(map(NEEDS_VALUES, rows))
         return Flight(plan, sampling, launched, self.level, began, needs_values)
@@ -231,10 +233,14 @@ class Engine:
                 intake.cancel(request.key)
                 news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
         levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
-        for row, (request, token) in enumerate(zip(flight.sampling, sampled.tokens, strict=True)):
+        tokens = sampled.tokens[: len(flight.sampling)]
+        book_scores(flight.plan, scores, len(tokens))
+        for row, (request, token) in enumerate(zip(flight.sampling, tokens, strict=True)):
             if request.state is running:  # else it has ended since the launch
-                news.tokens.append(TokenDelta(request.key, [token], levels, [scores[row]] if row in scores else []))
-        for request, reason in scheduler.resolve(flight.plan, sampled.tokens, flight.level):
+                own, request.prompt_scores = request.prompt_scores, []
+                score = [scores[row]] if row in scores else []
+                news.tokens.append(TokenDelta(request.key, [token], levels, score, own))
+        for request, reason in scheduler.resolve(flight.plan, tokens, flight.level):
             self._statistics.finished(request, now)
             news.finished.append(Finished(request.key, reason, "", request.preemptions))
             intake.forget(request.key)

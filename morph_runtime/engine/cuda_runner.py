@@ -94,7 +94,8 @@ class CudaRunner(StepRunner):
             size = self._graphs.size_for(batch.num_sequences, fine)
         self._fill(batch, rows, size or batch.num_tokens)
         with torch.inference_mode():
-            if size and len(rows) == batch.num_sequences:
+            # Rows that score a prompt come last, whichever sequence they are of: only with them is another order.
+            if size and len(rows) == batch.num_sequences and (plain or bool((np.diff(batch.logits_at) > 0).all())):
                 logits = self._decode(size, plain)
             else:
                 logits = self._mixed(batch, plain and bool(rows))

@@ -13,6 +13,7 @@ from morph_runtime.kernels.attention import AttentionShape
 from morph_runtime.kernels.attention_cpu import CpuPagedAttention
 from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kv import KVLayout
+from morph_runtime.kv.cache import CHUNK_BYTES
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.cpu import CpuPageArena
 from morph_runtime.memory.fence import CpuOrder, DeviceOrder
@@ -20,6 +21,7 @@ from morph_runtime.memory.ledger import MIN_CONTEXT, Ledger, auto_extent_bytes
 from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.filling import LayerFiller, ThreadFiller
 from morph_runtime.sampling.sampler import Sampler
+from morph_runtime.sampling.sampler import workspace_bytes as sampling_bytes
 
 
 class CpuDevice(EngineDevice):
@@ -66,10 +68,11 @@ class CpuDevice(EngineDevice):
         # No request is longer than base KV capacity, and that is less than a budget of KV blocks alone would hold.
         longest = config.model.max_model_len or max(MIN_CONTEXT, min(spec.max_positions, kv_tokens + block_tokens))
         tokens = config.scheduler.max_num_batched_tokens
-        # Logits three times: the scores, their copy that sampling works on, and raw log probabilities.
-        logits = 3 * 4 * config.scheduler.max_num_seqs * spec.vocab
+        logits = sampling_bytes(config.scheduler.max_num_seqs, spec.vocab, self.torch_device)
         step = Decoder.workspace_for(spec, longest, block_tokens, kv_format, tokens)
-        return step + logits + slots.scratch_bytes + slots.staging_bytes + PRIMITIVE_CACHE_BYTES
+        # Blocks are copied between steps, when a step's own memory is free, and make room for at most one layer.
+        copies = min(max(CHUNK_BYTES, layout.range_block_bytes), slots.slot_bytes("full"))
+        return max(step + logits, copies) + slots.scratch_bytes + slots.staging_bytes + PRIMITIVE_CACHE_BYTES
 
     def arena(self, ledger: Ledger, config: EngineConfig) -> PageArena:
         """All of it at once."""

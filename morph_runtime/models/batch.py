@@ -37,7 +37,7 @@ class HostBatch:
     block_counts: NDArray[np.int32]
     """[S]: blocks of each table"""
     logits_at: NDArray[np.int64]
-    """[R]: indices of tokens whose next token is wanted; may be empty"""
+    """[R]: indices of tokens whose logits are wanted, in any order; may be empty"""
 
     @property
     def num_tokens(self) -> int:

@@ -23,7 +23,8 @@ class TokenSequence(Protocol):
 class SamplingRow:
     """The sampling state of one request, from its submission to its end.
 
-    Kept across preemptions, for the tokens are kept: what it remembers is only ever advanced.
+    Kept across preemptions, for the tokens are kept: what it remembers is only ever advanced. A row with a `given`
+    token stands for one position of a prompt: nothing is chosen there, that token is scored.
 
     Attributes:
         draws: a token is drawn, not the most likely taken.
@@ -33,6 +34,7 @@ class SamplingRow:
         penalties: counts for the penalties; None without any.
         matcher: the grammar that the output follows; None without one.
         plain: none of these but `draws`.
+        given: the token that follows, if that is known; None to choose one.
         needs_values: choosing the next token takes the values of those before it, not only their number.
     """
 
@@ -40,6 +42,7 @@ class SamplingRow:
         "adjusts",
         "draw_seed",
         "draws",
+        "given",
         "matcher",
         "needs_values",
         "params",
@@ -49,8 +52,15 @@ class SamplingRow:
         "sequence",
     )
 
-    def __init__(self, params: SamplingParams, sequence: TokenSequence, matcher: GrammarMatcher | None = None) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        sequence: TokenSequence,
+        matcher: GrammarMatcher | None = None,
+        given: int | None = None,
+    ) -> None:
         self.params = params
+        self.given = given
         self.sequence = sequence
         self.matcher = matcher
         self.penalties = PenaltyState() if _is_penalised(params) else None

@@ -6,7 +6,7 @@ import enum
 from array import array
 from dataclasses import dataclass, field
 
-from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
 from morph_runtime.scheduler.prefix import Cursor
 
 
@@ -41,6 +41,8 @@ class Request:
         started: whether it has been scheduled at least once.
         flights: steps in flight that work on it; its blocks are not freed before they are over.
         limit: tokens at which it ends, whatever they are; set by the scheduler.
+        scored: leading positions of its prompt whose logits were scored, or will be by the step in flight.
+        prompt_scores: what came of that, as far as it is not sent yet.
     """
 
     key: int
@@ -60,6 +62,8 @@ class Request:
     started_s: float = 0.0
     flights: int = 0
     limit: int = 0
+    scored: int = 0
+    prompt_scores: list[TokenLogprobs] = field(default_factory=list)
     state: RequestState = RequestState.WAITING
     order: tuple[int, float, int] = field(init=False)
 
@@ -70,6 +74,11 @@ class Request:
     def output_len(self) -> int:
         """Tokens generated so far, an unknown one included."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def is_unscored(self) -> bool:
+        """Log probabilities of its prompt are asked for and not all computed."""
+        return self.sampling.prompt_logprobs is not None and self.scored < self.prompt_len - 1
 
     @property
     def is_decoding(self) -> bool:

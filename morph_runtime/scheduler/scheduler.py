@@ -18,38 +18,14 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from morph_runtime.config import SchedulerSettings
 from morph_runtime.errors import IntegrityError
 from morph_runtime.kv import BlockPool
 from morph_runtime.scheduler.line import Line
+from morph_runtime.scheduler.plan import ScheduledSlice, ScoredPositions, StepPlan
 from morph_runtime.scheduler.prefix import Hit, PrefixCache
 from morph_runtime.scheduler.request import Request, RequestState
-
-
-class ScheduledSlice(NamedTuple):
-    """`length` tokens of a request from position `start` on; `samples` if its last token asks for the next one."""
-
-    request: Request
-    start: int
-    length: int
-    samples: bool
-
-
-@dataclass
-class StepPlan:
-    """What the next step runs."""
-
-    slices: list[ScheduledSlice] = field(default_factory=list)
-    started: list[Request] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step."""
-        return sum(s.length for s in self.slices)
 
 
 class Scheduler:
@@ -132,7 +108,7 @@ class Scheduler:
 
     def shared_blocks(self, request: Request, level: int) -> int:
         """Live blocks that a waiting request would share if it were admitted at `level` now."""
-        return self._live(self._prefix.find(request.tokens, level))
+        return self._live(self._find(request, level))
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -170,6 +146,7 @@ class Scheduler:
                 continue
             if request.computed < len(request.blocks) * size or self._extend(request, plan):
                 slices.append(ScheduledSlice(request, request.computed, 1, True))
+                plan.rows += 1
                 budget -= 1
         for request in prefilling:
             budget -= self._prefill(request, budget, plan)
@@ -180,6 +157,8 @@ class Scheduler:
     def advance(self, plan: StepPlan) -> None:
         """Move the requests of a step on that has been launched: what it samples stands in their tokens as unknown."""
         self._in_flight += 1
+        for part, first, count in plan.scored:
+            plan.slices[part].request.scored = first + count
         row = -1
         for request, start, length, samples in plan.slices:
             request.computed = start + length
@@ -280,12 +259,28 @@ class Scheduler:
 
     def _prefill(self, request: Request, budget: int, plan: StepPlan) -> int:
         """Schedule the next chunk of a request whose blocks are all there; returns the tokens it takes."""
-        if budget == 0 or request.state is not RequestState.RUNNING:
+        rows = self._settings.max_num_seqs - plan.rows
+        if budget == 0 or rows == 0 or request.state is not RequestState.RUNNING:
             return 0
         length = min(len(request.tokens) - request.computed, budget)
+        if request.is_unscored:
+            length = self._score(request, length, rows, plan)
         last = request.computed + length == len(request.tokens)
         plan.slices.append(ScheduledSlice(request, request.computed, length, last))
+        plan.rows += last
         return length
+
+    def _score(self, request: Request, length: int, rows: int, plan: StepPlan) -> int:
+        """Score the prompt positions of a chunk of `length` tokens as far as `rows` allow; returns its new length."""
+        first, end = max(request.computed, request.scored), request.prompt_len - 1
+        # Half of the rows, so that others can end their prefill beside it.
+        count = min(request.computed + length, end, first + max(1, rows // 2)) - first
+        if count <= 0:
+            return length  # recomputed after a preemption: these were scored before
+        plan.scored.append(ScoredPositions(len(plan.slices), first, count))
+        plan.rows += count
+        # The last token of a prompt samples, which takes a row of its own.
+        return first + count - request.computed if first + count < end or count == rows else length
 
     def _admit(self, budget: int, level: int, plan: StepPlan) -> None:
         while budget > 0 and self._waiting and len(self._running) < self._settings.max_num_seqs:
@@ -303,8 +298,12 @@ class Scheduler:
         missing = self.blocks_for(len(request.tokens)) + spare - self._pool.num_free
         if missing > self._pool.num_used:
             return None  # not even if every live block were shared
-        hit = self._prefix.find(request.tokens, level)
+        hit = self._find(request, level)
         return hit if missing <= self._live(hit) else None
+
+    def _find(self, request: Request, level: int) -> Hit:
+        """What the prefix cache has of a request: nothing if its prompt is to be scored, for that takes its logits."""
+        return self._prefix.find(() if request.is_unscored else request.tokens, level)
 
     def _live(self, hit: Hit) -> int:
         """Blocks of a hit that others hold; taking the rest of them uses up room."""

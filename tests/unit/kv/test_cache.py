@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morph_runtime.errors import IntegrityError
@@ -43,6 +43,33 @@ def arena() -> Iterator[StubbornArena]:
     arena.close()
 
 
+def test_blocks_are_copied_in_pieces_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = StubbornArena(64, EXTENT)
+    monkeypatch.setattr("morph_runtime.kv.cache.CHUNK_BYTES", 3 * LAYOUT.range_block_bytes)
+    cache = KVCache(arena, LAYOUT, max_blocks=64)
+    cache.grow(2)
+    most = cache.mapped_blocks // 2
+    pairs = [(most + at, at) for at in range(most)]
+    for source, _ in pairs:
+        for layer in range(2):
+            cache.k(layer)[source] = source
+            cache.v(layer)[source] = -source
+    sizes: list[int] = []
+    select = torch.Tensor.index_select
+
+    def watched(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(index))
+        return select(tensor, dim, index)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", watched)
+    cache.copy_blocks(pairs)
+    monkeypatch.undo()
+    assert max(sizes) == 3 and sum(sizes) == 4 * most
+    assert cache.digest([source for source, _ in pairs]) == cache.digest([target for _, target in pairs])
+    arena.close()
+
+
+@settings(deadline=None)
 @given(
     heads=st.integers(1, 16), dim=st.sampled_from([32, 40, 64, 80, 96, 128]), tokens=st.sampled_from([8, 16, 32]),
     dtype=st.sampled_from([torch.bfloat16, torch.float32, torch.int8]), planes=st.sampled_from([1, 2, 3, 6]),
@@ -60,6 +87,7 @@ def test_a_quantum_is_the_smallest_growth_of_whole_blocks_and_whole_extents_in_e
     assert math.gcd(quantum.blocks, per_range) == 1, "none smaller will do"
 
 
+@settings(deadline=None)
 @given(layers=st.integers(1, 100), wanted=st.integers(1, 300))
 def test_planes_are_grouped_as_wished_or_in_the_next_smaller_groups_that_come_out_even(
     layers: int, wanted: int
