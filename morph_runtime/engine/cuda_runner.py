@@ -7,7 +7,7 @@ stays on the device: the sampler writes into a buffer from which the next step's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
 from morph_runtime.kernels.cuda.sample import sample
 from morph_runtime.kernels.rung import Rung
@@ -31,8 +32,18 @@ WARM_TOKENS = (
     1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128, 129, 200, 256, 257, 512, 513, 1024, 1025, 2048,
 )  # fmt: skip
 """Steps to run at start: each side of the sizes at which kernels change, divisible by 16 and not."""
+SAMPLER_ROWS = 64
+"""Rows that the host's sampler takes at a time: bounds the float32 scores."""
 RESULTS = 2
 """Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
+
+
+@dataclass
+class Blank:
+    """A sequence of no tokens, to warm up with."""
+
+    tokens: list[int] = field(default_factory=list)
+    prompt_len: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class CudaRunner(StepRunner):
             if not rows:
                 return Done(Sampled([]))
             if logits is not None:  # some row wants what only the host's sampler can do
-                sampled = self._sampler.sample(logits[: len(rows)].float(), rows)
+                sampled = self._sample(logits, rows)
                 self._sampled[: len(rows)].copy_(torch.tensor(sampled.tokens), non_blocking=True)
                 return Done(sampled)
             self._turn = (self._turn + 1) % RESULTS
@@ -180,6 +191,17 @@ class CudaRunner(StepRunner):
         self._choose(logits)
         return None
 
+    def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """What only the host's sampler can do, some rows at a time; logits [>= rows, vocab]. Waits for the device."""
+        tokens: list[int] = []
+        scores: dict[int, TokenLogprobs] = {}
+        for first in range(0, len(rows), SAMPLER_ROWS):
+            part = rows[first : first + SAMPLER_ROWS]
+            sampled = self._sampler.sample(logits[first : first + len(part)].float(), part)
+            tokens += sampled.tokens
+            scores |= {first + row: score for row, score in sampled.logprobs.items()}
+        return Sampled(tokens, scores)
+
     def _choose(self, logits: Tensor) -> None:
         """Draw a token per row into the buffer that the next step reads; logits [R, vocab]."""
         tensors, rows = self._inputs.tensors, logits.shape[0]
@@ -207,6 +229,9 @@ class CudaRunner(StepRunner):
                 self._head(size, None)
             for count in tokens:
                 self._warm_mixed(count, layer)
+            params = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, logprobs=1)
+            few = [SamplingRow(params, Blank())] * min(SAMPLER_ROWS, len(self._sampled))
+            self._sample(self._decoder.head(self._hidden[: len(few)], None), few)
 
     def capture(
         self, stream: torch.cuda.Stream, bind: Callable[[int, Rung], LayerWeights], rungs: Sequence[Rung]

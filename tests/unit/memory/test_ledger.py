@@ -59,8 +59,8 @@ def test_weights_staging_and_kv_fit_the_budget_at_every_level_and_less_than_a_qu
 
 
 @given(
-    budget=st.integers(0, 300), full=st.integers(300, 40 * EXTENT), share8=st.floats(0.4, 0.7), layers=st.integers(1, 8),
-    cost=st.integers(1, 9),
+    budget=st.integers(0, 300), full=st.integers(300, 40 * EXTENT), share8=st.floats(0.4, 0.7),
+    layers=st.integers(1, 8), cost=st.integers(1, 9),
 )  # fmt: skip
 def test_slots_of_any_size_fit_at_every_level_and_the_capacity_never_falls_on_the_way_down(
     budget: int, full: int, share8: float, layers: int, cost: int
