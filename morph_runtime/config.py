@@ -19,6 +19,7 @@ from morph_runtime.errors import ConfigError
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
 RUNGS = ("w8", "w4")
+KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
 BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
@@ -56,6 +57,10 @@ class MemorySettings:
     """KiB per physical extent of the page arena; 0: chosen from the budget."""
     block_tokens: int = 16
     """Tokens per KV block."""
+    kv_dtype: str = "auto"
+    """What the KV cache stores: `auto`, the type of the activations; `fp8`, float8_e4m3fn without scales (2 times the
+    tokens per byte of bfloat16); `int8`, with a scale per token and KV head (1.9 times). Both cost some quality, at
+    every level; `fp8` is slow on CPU."""
     prefault: bool = True
     """Fill page tables when pages are mapped (one call) instead of at each first touch."""
 
@@ -104,7 +109,7 @@ class MorphSettings:
     """Seconds from arrival to first token that the controller tries to hold."""
     interval_s: float = 0.05
     """Seconds between decisions."""
-    depth: int = 8
+    depth: int = 16
     """Layers that may be changing at the same time on a GPU (on a CPU, one)."""
     dwell_s: float = 2.0
     """Seconds for which the pressure must have gone before a level is given back."""
@@ -202,6 +207,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MAX_MODEL_LEN": ("model", "max_model_len"),
     "MORPH_MEMORY_BUDGET_GIB": ("memory", "budget_gib"),
     "MORPH_KV_TOKENS": ("memory", "kv_tokens"),
+    "MORPH_KV_DTYPE": ("memory", "kv_dtype"),
     "MORPH_MAX_NUM_SEQS": ("scheduler", "max_num_seqs"),
     "MORPH_MAX_NUM_BATCHED_TOKENS": ("scheduler", "max_num_batched_tokens"),
     "MORPH_PREFIX_CACHE": ("cache", "prefix"),
@@ -249,6 +255,7 @@ def validate(config: EngineConfig) -> None:
             f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
             f"({config.scheduler.max_num_seqs}), but is {config.scheduler.max_num_batched_tokens}."
         )
+    _one_of("memory.kv_dtype", config.memory.kv_dtype, KV_DTYPES)
     _one_of("cache.reuse", config.cache.reuse, REUSES)
     _one_of("morph.mode", config.morph.mode, MODES)
     _one_of("model.dtype", config.model.dtype, DTYPES)

@@ -48,6 +48,7 @@ def catalog(max_model_len: int) -> Mapping[str, MetricSpec]:
         "morph_prefix_cached_blocks": MetricSpec(GAUGE, "KV blocks that no request holds and the prefix cache keeps."),
         "morph_kv_blocks_base": MetricSpec(GAUGE, "KV blocks at level 0."),
         "morph_kv_block_tokens": MetricSpec(GAUGE, "Tokens per KV block."),
+        "morph_kv_dtype": MetricSpec(GAUGE, "1 for what the KV cache stores."),
         "morph_memory_bytes": MetricSpec(GAUGE, "Bytes of the memory budget by use."),
         "morph_shifts_total": MetricSpec(COUNTER, "Finished layer shifts by direction and rung reached."),
         "morph_shift_seconds_total": MetricSpec(COUNTER, "Seconds spent in layer shifts."),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import random
 import statistics
 import sys
@@ -157,6 +158,48 @@ def paced(driver: Driver, first: int, every_steps: int, batch: int = 64) -> dict
     }  # fmt: skip
 
 
+def kernels_of(engine: Engine, steps: int) -> list[tuple[float, float, int, str]]:
+    """What the GPU ran during some steps: (start us, duration us, stream, name), by start."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(steps):
+            engine.step(decide=False)
+        torch.cuda.synchronize()
+    events = [
+        (event.start_ns() / 1e3, event.duration_ns() / 1e3, int(event.device_resource_id()), event.name()[:48])
+        for event in profile.profiler.kineto_results.events()
+        if "CUDA" in str(event.device_type())
+    ]
+    return sorted(events)
+
+
+def idle(events: list[tuple[float, float, int, str]]) -> float:
+    """The share of time in which nothing ran, from the end of the second step on: a profile begins with a pause."""
+    ends = [i for i, event in enumerate(events) if "DtoH" in event[3]]
+    events = events[ends[1] :]
+    first = end = events[0][0]
+    busy = 0.0
+    for start, duration, *_ in events:
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    return 1 - busy / (end - first)
+
+
+def trace(driver: Driver, layers_down: int, batch: int = 64) -> dict[str, Any]:
+    """GPU idle time of plain decode, and what ran on which stream while some layers went down and up again."""
+    engine = driver.engine
+    for _ in range(batch):
+        driver.submit(128, 200)
+    driver.run(until_tokens=batch * 30)
+    alone = idle(kernels_of(engine, 20))
+    engine.parts.shifter.target = layers_down
+    down = kernels_of(engine, 6)
+    engine.parts.shifter.target = 0
+    up = kernels_of(engine, 12)
+    driver.run()
+    engine.set_level(0)
+    return {"idle_share": alone, "down": down, "up": up}
+
+
 def main() -> None:
     """Measure what was asked for."""
     parser = argparse.ArgumentParser()
@@ -164,7 +207,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=24.0, help="GiB")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--ladder", default="w8,w4")
-    parser.add_argument("--phases", default="decode,prefill,shift,paced")
+    parser.add_argument("--phases", default="decode,prefill,shift,paced,trace")
     parser.add_argument("--batches", default="1,8,32,64,128,256")
     parser.add_argument("--rungs", default="full,w8,w4")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, JSON")
@@ -181,6 +224,7 @@ def main() -> None:
         name, value = item.split("=", 1)
         *section, field = name.split(".")
         (settings.setdefault(section[0], {}) if section else settings)[field] = json.loads(value)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.monotonic()
     engine = build_engine(EngineConfig.from_mapping(settings), opener=open_random)
     driver, parts = Driver(engine), engine.parts
@@ -215,9 +259,16 @@ def main() -> None:
         result["paced"] = [paced(driver, 2, 7), paced(driver, layers + 2, 7)]
         for row in result["paced"]:
             print("paced", json.dumps(row), flush=True)
+    if "trace" in given.phases:
+        engine.set_level(0)
+        result["trace"] = trace(driver, 4)
+        print("idle share", result["trace"]["idle_share"], flush=True)
     engine.check_integrity()
     if given.out:
+        events = result.pop("trace", None)
         given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        if events:
+            given.out.with_suffix(".trace.json").write_text(json.dumps(events), encoding="utf-8")
     engine.close()
 
 

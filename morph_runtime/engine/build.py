@@ -15,6 +15,8 @@ from morph_runtime.engine.environment import cpu_threads, engine_variables
 from morph_runtime.engine.intake import Intake
 from morph_runtime.engine.opening import OpenModel, open_checkpoint, open_pack
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.kv_format import FORMATS, KVFormat
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
 from morph_runtime.memory.ledger import GIB, MIN_CONTEXT, Ledger, plan_memory
 from morph_runtime.morph.controller import Controller
@@ -58,10 +60,10 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     model = opener(config, device.torch_device)
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
     block_tokens = config.memory.block_tokens
-    planes = KVLayout.divisor(spec.layers, device.planes_per_range)
-    layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, block_tokens, slots.dtype, planes_per_range=planes)
+    kv_format = FORMATS[config.memory.kv_dtype](slots.dtype)
+    layout = _kv_layout(config, spec, kv_format, device)
 
-    ledger = _cut_budget(config, model, layout, device)
+    ledger = _cut_budget(config, model, layout, kv_format, device)
     max_model_len = _max_model_len(config, spec, ledger.kv_blocks_at_level(0) * block_tokens)
     arena = device.arena(ledger, config)
     static_range = arena.reserve("static", static.static_bytes)
@@ -73,7 +75,9 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     bound = replace(ledger, total_extents=ledger.budget_bytes // ledger.extent_bytes)  # as if all were arena
     cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv)
     cache.grow(1)
-    runner = device.runner(RunnerParts(config, model, arena, static.bind(static_slot), cache, swapper, max_model_len))
+    runner = device.runner(
+        RunnerParts(config, model, arena, static.bind(static_slot), cache, kv_format, swapper, max_model_len)
+    )
 
     ledger = device.fit(ledger, arena)
     capacities = tuple(ledger.kv_blocks_at_level(level) for level in range(plan.max_level + 1))
@@ -90,6 +94,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
             config=config,
             spec=spec,
             dtype=slots.dtype,
+            kv_format=kv_format,
             ledger=ledger,
             capacities=capacities,
             max_model_len=max_model_len,
@@ -127,7 +132,28 @@ def open_device(config: EngineConfig) -> EngineDevice:
     return CudaDevice()
 
 
-def _cut_budget(config: EngineConfig, model: OpenModel, layout: KVLayout, device: EngineDevice) -> Ledger:
+def _kv_layout(config: EngineConfig, spec: ModelSpec, kv_format: KVFormat, device: EngineDevice) -> KVLayout:
+    """As many planes to a range as the device likes; with scales beside the elements, which no extent is a multiple
+    of, all planes in one, which keeps the growth quantum small.
+
+    Raises:
+        ConfigError: the device's attention cannot serve `memory.kv_dtype` for this model.
+    """
+    block_tokens = config.memory.block_tokens
+    shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, spec.max_positions)
+    fits, reason = device.serves_kv(shape, kv_format)
+    if not fits:
+        raise ConfigError(
+            f"memory.kv_dtype is {config.memory.kv_dtype}, which attention on {config.device} does not serve: {reason}."
+        )
+    side_bytes = kv_format.side_bytes(block_tokens, spec.kv_heads)
+    planes = KVLayout.divisor(spec.layers, 2 * spec.layers if side_bytes else device.planes_per_range)
+    return KVLayout(spec.layers, spec.kv_heads, spec.head_dim, block_tokens, kv_format.element, side_bytes, planes)
+
+
+def _cut_budget(
+    config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, device: EngineDevice
+) -> Ledger:
     """The ledger for these settings; raises ConfigError if the budget is too small."""
     memory, slots = config.memory, model.slots
     budget = round(memory.budget_gib * GIB)
@@ -145,7 +171,7 @@ def _cut_budget(config: EngineConfig, model: OpenModel, layout: KVLayout, device
         ladder=config.morph.ladder,
         quantum=layout.quantum(extent_bytes),
         min_blocks=-(-max(config.model.max_model_len, MIN_CONTEXT) // memory.block_tokens),
-        workspace_bytes=device.workspace_bytes(config, model, layout, budget),
+        workspace_bytes=device.workspace_bytes(config, model, layout, kv_format, budget),
     )
 
 

@@ -26,6 +26,7 @@ from morph_runtime.engine.messages import (
 )
 from morph_runtime.engine.prompt_scores import book_scores, scoring_rows
 from morph_runtime.engine.runner import Launched, StepRunner
+from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
@@ -50,6 +51,7 @@ class EngineParts:
     config: EngineConfig
     spec: ModelSpec
     dtype: torch.dtype
+    kv_format: KVFormat
     ledger: Ledger
     capacities: tuple[int, ...]
     max_model_len: int
@@ -289,6 +291,7 @@ class Engine:
             max_model_len=parts.max_model_len,
             max_num_seqs=parts.config.scheduler.max_num_seqs,
             block_tokens=parts.config.memory.block_tokens,
+            kv_dtype=parts.kv_format.name,
             base_blocks=parts.capacities[0],
             level_max=len(parts.capacities) - 1,
             ladder=list(parts.config.morph.ladder),
@@ -339,5 +342,6 @@ class Engine:
         if self._flight is not None:
             self._flight.launched.result()
         self._parts.intake.close()
+        self._parts.runner.close()
         self._parts.swapper.close()
         self._parts.arena.close()

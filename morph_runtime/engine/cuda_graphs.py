@@ -2,12 +2,13 @@
 
 A level is reached layer by layer, so a graph for every level and batch size would be thousands. Where every layer
 has the same rung (no load, or the end of a rung) one graph holds the step; in between a step is a chain of short
-graphs, which costs the GPU about 2.6 us a layer, at half the batch sizes. All are captured at start, for addresses
+graphs, which costs the GPU about 2.6 us a layer. All are captured at start, for addresses
 never change; a capture runs nothing, so the slots need no memory of their own (`CudaPageArena.backed`).
 """
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
@@ -44,19 +45,29 @@ class GraphSet:
         return len(self._graphs)
 
     @property
-    def layer_sizes(self) -> tuple[int, ...]:
-        """Every second size: those that graphs of single layers have, which serve while a walk is under way."""
-        return self.sizes[::-1][::2][::-1]
+    def coarse(self) -> tuple[int, ...]:
+        """The powers of two among the sizes, and the largest: quantized layers have graphs of these alone.
 
-    def size_for(self, rows: int, single: bool) -> int:
-        """The smallest captured batch size that holds `rows`, for graphs of single layers if `single`; 0: none does."""
-        sizes = self.layer_sizes if single else self.sizes
+        Their kernels' tiles hold a power of two of rows, so sizes between would cost as much as the next.
+        """
+        return tuple(size for size in self.sizes if size & (size - 1) == 0 or size == self.sizes[-1])
+
+    def size_for(self, rows: int, fine: bool) -> int:
+        """The smallest captured batch size that holds `rows`; 0: none does.
+
+        Args:
+            rows: of the step.
+            fine: the step runs as one graph at full precision.
+        """
+        sizes = self.sizes if fine else self.coarse
         at = bisect_left(sizes, rows)
         return sizes[at] if at < len(sizes) else 0
 
     def capture(self, key: tuple[object, ...], stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
         """Capture what `work` enqueues; nothing runs. Its results live in the pool until the next capture's."""
         graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # freeing another graph in the middle of a capture would end it
         # Not torch.cuda.graph: that collects garbage and empties the cache around each of hundreds of captures.
         with torch.cuda.stream(stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
@@ -64,6 +75,8 @@ class GraphSet:
                 work()
             finally:
                 graph.capture_end()
+                if collecting:
+                    gc.enable()
         self._graphs[key] = graph
 
     def replay(self, key: tuple[object, ...]) -> bool:

@@ -1,7 +1,7 @@
-"""The inputs of a step on their way to the GPU: one pinned buffer, one copy, static device tensors.
+"""The inputs of a step on their way to the GPU: a pinned buffer that the GPU reads, static device tensors.
 
 The host fills a pinned buffer while the GPU still runs the step before; two buffers take turns, and an
-event guards each until its copy is over.
+event guards each until it has been read.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from morph_runtime.kernels.cuda.fetch import fetch
+
 ALIGNMENT = 256
 BUFFERS = 2
-"""One is copied from while the other is filled: one step is in flight at most."""
+"""One is read while the other is filled: one step is in flight at most."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class StepInputs:
             device: a GPU.
         """
         t, s = max_tokens, max_sequences
-        # The block tables come last, so that a step copies no more rows of them than it has.
+        # The block tables come last, so that a step fetches no more of them than it has.
         fields = (
             InputField("token_ids", np.int64, (t,)), InputField("positions", np.int64, (t,)),
             InputField("slots", np.int64, (t,)), InputField("logits_at", np.int64, (s,)),
@@ -84,17 +86,22 @@ class StepInputs:
         return self._device.nbytes
 
     def host(self) -> dict[str, NDArray[Any]]:
-        """The arrays to fill for the next step. Waits if the copy before the last is not over, which it long is."""
+        """The arrays to fill for the next step. Waits until the step before the last has read them: it long has."""
         self._turn = (self._turn + 1) % BUFFERS
         event = self._events[self._turn]
         if event is not None:
             event.synchronize()
         return self._hosts[self._turn]
 
-    def upload(self, sequences: int) -> None:
-        """Copy what `host` gave to the device, on the current stream; `sequences` rows of the block tables."""
-        used = self._tables_at + sequences * self._row_bytes
-        self._device[:used].copy_(self._pinned[self._turn][:used], non_blocking=True)
+    def upload(self, sequences: int, blocks: int) -> None:
+        """Have the device fetch what `host` gave, on the current stream; of the tables, so many rows and columns."""
+        pinned = self._pinned[self._turn].view(torch.int32)
+        flat, rows = self._tables_at // 4, (sequences, self._row_bytes // 4)
+        device = self._device.view(torch.int32)
+        fetch(pinned[:flat].view(1, flat), device[:flat].view(1, flat), flat)
+        if blocks:
+            count = sequences * rows[1]
+            fetch(pinned[flat : flat + count].view(rows), device[flat : flat + count].view(rows), blocks)
         event = self._events[self._turn] or torch.cuda.Event()
         event.record()
         self._events[self._turn] = event

@@ -7,7 +7,7 @@ stays on the device: the sampler writes into a buffer from which the next step's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from torch import Tensor
 from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
 from morph_runtime.kernels.cuda.sample import sample
 from morph_runtime.kernels.rung import Rung
@@ -31,8 +32,18 @@ WARM_TOKENS = (
     1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128, 129, 200, 256, 257, 512, 513, 1024, 1025, 2048,
 )  # fmt: skip
 """Steps to run at start: each side of the sizes at which kernels change, divisible by 16 and not."""
+SAMPLER_ROWS = 64
+"""Rows that the host's sampler takes at a time: bounds the float32 scores."""
 RESULTS = 2
 """Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
+
+
+@dataclass
+class Blank:
+    """A sequence of no tokens, to warm up with."""
+
+    tokens: list[int] = field(default_factory=list)
+    prompt_len: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,10 +99,10 @@ class CudaRunner(StepRunner):
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
         plain = all(map(_is_simple, rows))
-        mixed = len(set(self._swapper.rungs)) > 1 or not plain
         size = 0
         if self._graphs is not None and batch.all_decodes:
-            size = self._graphs.size_for(batch.num_sequences, single=mixed)
+            fine = plain and all(rung == "full" for rung in self._swapper.rungs)
+            size = self._graphs.size_for(batch.num_sequences, fine)
         self._fill(batch, rows, size or batch.num_tokens)
         with torch.inference_mode():
             # Rows that score a prompt come last, whichever sequence they are of: only with them is another order.
@@ -102,7 +113,7 @@ class CudaRunner(StepRunner):
             if not rows:
                 return Done(Sampled([]))
             if logits is not None:  # some row wants what only the host's sampler can do
-                sampled = self._sampler.sample(logits[: len(rows)].float(), rows)
+                sampled = self._sample(logits, rows)
                 self._sampled[: len(rows)].copy_(torch.tensor(sampled.tokens), non_blocking=True)
                 return Done(sampled)
             self._turn = (self._turn + 1) % RESULTS
@@ -111,6 +122,12 @@ class CudaRunner(StepRunner):
         event = torch.cuda.Event()
         event.record()
         return Enqueued(result, event)
+
+    def close(self) -> None:
+        """Free the graphs."""
+        torch.cuda.synchronize()
+        if self._graphs is not None:
+            self._graphs.close()
 
     # -- what a step enqueues ------------------------------------------------------------------------------------
 
@@ -135,7 +152,7 @@ class CudaRunner(StepRunner):
             host["draws"][: len(rows)] = [row.output_len for row in rows]
         if not batch.all_decodes:
             self._attention.plan(batch, host)
-        self._inputs.upload(sequences)
+        self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)))
 
     def _step(self, tokens: int) -> StepTensors:
         tensors = self._inputs.tensors
@@ -174,6 +191,17 @@ class CudaRunner(StepRunner):
         self._choose(logits)
         return None
 
+    def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """What only the host's sampler can do, some rows at a time; logits [>= rows, vocab]. Waits for the device."""
+        tokens: list[int] = []
+        scores: dict[int, TokenLogprobs] = {}
+        for first in range(0, len(rows), SAMPLER_ROWS):
+            part = rows[first : first + SAMPLER_ROWS]
+            sampled = self._sampler.sample(logits[first : first + len(part)].float(), part)
+            tokens += sampled.tokens
+            scores |= {first + row: score for row, score in sampled.logprobs.items()}
+        return Sampled(tokens, scores)
+
     def _choose(self, logits: Tensor) -> None:
         """Draw a token per row into the buffer that the next step reads; logits [R, vocab]."""
         tensors, rows = self._inputs.tensors, logits.shape[0]
@@ -201,6 +229,9 @@ class CudaRunner(StepRunner):
                 self._head(size, None)
             for count in tokens:
                 self._warm_mixed(count, layer)
+            params = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, logprobs=1)
+            few = [SamplingRow(params, Blank())] * min(SAMPLER_ROWS, len(self._sampled))
+            self._sample(self._decoder.head(self._hidden[: len(few)], None), few)
 
     def capture(
         self, stream: torch.cuda.Stream, bind: Callable[[int, Rung], LayerWeights], rungs: Sequence[Rung]
@@ -218,13 +249,13 @@ class CudaRunner(StepRunner):
         count = len(self._swapper.layers)
         with torch.inference_mode():
             for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
-                for rung in rungs:
+                coarse = size in graphs.coarse
+                for rung in rungs if coarse else rungs[:1]:
                     layers = [bind(layer, rung) for layer in range(count)]
                     graphs.capture((size, rung), stream, partial(self._whole, size, layers))
-                    if size in graphs.layer_sizes:
-                        for layer in layers:
-                            graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
-                if size in graphs.layer_sizes:
+                    for layer in layers if coarse else ():
+                        graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                if coarse:
                     graphs.capture((size, "embed"), stream, partial(self._embed, size))
                     graphs.capture((size, "head"), stream, partial(self._head, size, None))
 
@@ -242,7 +273,7 @@ class CudaRunner(StepRunner):
         zeros, nothing = np.zeros(tokens, dtype=np.int64), np.zeros(0, dtype=np.int32)
         batch = HostBatch(zeros, zeros, zeros, lengths, lengths, nothing, nothing, zeros[:sequences])
         self._attention.plan(batch, host)
-        self._inputs.upload(sequences)
+        self._inputs.upload(sequences, host["tables"].shape[1])
         step, hidden = self._step(tokens), self._hidden[:tokens]
         self._decoder.embed(step, self._sampled, hidden)
         hidden, delta = self._decoder.layer(layer, step, hidden, None, self._attention.mixed)
@@ -272,7 +303,7 @@ class CudaRunner(StepRunner):
         host = self._inputs.host()
         for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("contexts", 0), ("temperatures", 0)):
             host[name][:size] = value
-        self._inputs.upload(size)
+        self._inputs.upload(size, 0)
 
 
 def _is_simple(row: SamplingRow) -> bool:

@@ -9,6 +9,9 @@ from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import PRIMITIVE_CACHE_BYTES, cpu_threads
 from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import CpuRunner, StepRunner
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.attention_cpu import CpuPagedAttention
+from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kv import KVLayout
 from morph_runtime.kv.cache import CHUNK_BYTES
 from morph_runtime.memory.arena import PageArena
@@ -47,11 +50,17 @@ class CpuDevice(EngineDevice):
         """It gathers whole blocks."""
         return True
 
+    def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
+        """See `CpuPagedAttention.can_implement`."""
+        return CpuPagedAttention.can_implement(shape, kv_format)
+
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `auto_extent_bytes`."""
         return auto_extent_bytes(budget_bytes)
 
-    def workspace_bytes(self, config: EngineConfig, model: OpenModel, layout: KVLayout, budget: int) -> int:
+    def workspace_bytes(
+        self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int
+    ) -> int:
         """Upper bound of what a step and a shift allocate outside the arena."""
         spec, slots = model.spec, model.slots
         block_tokens = config.memory.block_tokens
@@ -60,7 +69,7 @@ class CpuDevice(EngineDevice):
         longest = config.model.max_model_len or max(MIN_CONTEXT, min(spec.max_positions, kv_tokens + block_tokens))
         tokens = config.scheduler.max_num_batched_tokens
         logits = sampling_bytes(config.scheduler.max_num_seqs, spec.vocab, self.torch_device)
-        step = Decoder.workspace_for(spec, longest, block_tokens, layout.dtype, tokens)
+        step = Decoder.workspace_for(spec, longest, block_tokens, kv_format, tokens)
         # Blocks are copied between steps, when a step's own memory is free, and make room for at most one layer.
         copies = min(max(CHUNK_BYTES, layout.range_block_bytes), slots.slot_bytes("full"))
         return max(step + logits, copies) + slots.scratch_bytes + slots.staging_bytes + PRIMITIVE_CACHE_BYTES
@@ -81,7 +90,7 @@ class CpuDevice(EngineDevice):
         """Nothing is captured or compiled."""
         spec = parts.model.spec
         scratch = torch.empty(parts.model.slots.scratch_bytes, dtype=torch.uint8)
-        decoder = Decoder(spec, parts.static, parts.cache, scratch, parts.max_model_len)
+        decoder = Decoder(spec, parts.static, parts.cache, scratch, parts.max_model_len, parts.kv_format)
         return CpuRunner(decoder, parts.swapper, Sampler(spec.eos_ids, self.torch_device, cpu_threads(parts.config)))
 
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:

@@ -22,6 +22,8 @@ from morph_runtime.engine.environment import cpu_threads
 from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import StepRunner
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kv import KVLayout
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.cuda import CudaPageArena
@@ -46,6 +48,7 @@ OUTSIDE_BYTES = 2 * GIB
 MARGIN_BYTES = 64 * 2**20
 """Left free in the budget: what PyTorch's pools may still grow by."""
 OLDEST = (8, 0)
+OLDEST_FP8 = (8, 9)
 
 
 class CudaDevice(EngineDevice):
@@ -96,11 +99,21 @@ class CudaDevice(EngineDevice):
         """The kernels mask what they load."""
         return False
 
+    def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
+        """Its kernels read the type of the activations and, where the GPU converts it, float8; no scales."""
+        if kv_format.scaled:
+            return False, "its kernels read no scales yet: use fp8"
+        if kv_format.element == torch.float8_e4m3fn and torch.cuda.get_device_capability(self._device) < OLDEST_FP8:
+            return False, "this GPU has no float8, which SM89 and newer have: use auto"
+        return True, ""
+
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `EngineDevice.extent_bytes`."""
         return next(size for least, size in EXTENTS if budget_bytes >= least)
 
-    def workspace_bytes(self, config: EngineConfig, model: OpenModel, layout: KVLayout, budget: int) -> int:
+    def workspace_bytes(
+        self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int
+    ) -> int:
         """A bound before anything is measured; `fit` replaces it by what it came to."""
         spec, tokens = model.spec, config.scheduler.max_num_batched_tokens
         width = 2 * spec.hidden + 3 * spec.ffn + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
@@ -111,8 +124,7 @@ class CudaDevice(EngineDevice):
         """Static weights, layers, staging and the least KV cache; or all of it if no budget is set."""
         total = ledger.total_extents
         if config.memory.budget_gib:
-            fixed = ledger.static_extents + ledger.weight_extents(0) + ledger.staging_extents
-            total = min(total, fixed + ledger.quantum.extents)
+            total = min(total, ledger.fixed_extents + ledger.quantum.extents)
         return CudaPageArena(total, ledger.extent_bytes)
 
     def fill_static(self, model: OpenModel, slot: torch.Tensor) -> None:
@@ -129,6 +141,9 @@ class CudaDevice(EngineDevice):
     def runner(self, parts: RunnerParts) -> StepRunner:
         """Compiles, warms up and captures."""
         config, spec = parts.config, parts.model.spec
+        # What loading has left in PyTorch's pool would be carved up by what lives on, and stay. What the warm-up
+        # leaves there is kept: steps will need it again.
+        torch.cuda.empty_cache()
         sequences, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
         scratch = torch.empty(parts.model.slots.scratch_bytes, dtype=torch.uint8, device=self._device)
         decoder = CudaDecoder(spec, parts.static, parts.cache, scratch, parts.max_model_len)
@@ -155,7 +170,6 @@ class CudaDevice(EngineDevice):
         with parts.arena.backed():
             runner.capture(self._stream, parts.swapper.bind, rungs)
         torch.cuda.synchronize(self._device)
-        torch.cuda.empty_cache()
         self._note("after capture", parts.arena)
         return runner
 
@@ -163,8 +177,8 @@ class CudaDevice(EngineDevice):
         """Log what is taken outside the arena."""
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes
         logging.getLogger(__name__).info(
-            "outside the arena %s: %.0f MiB, of which PyTorch %.0f", when, outside / 2**20,
-            torch.cuda.memory_reserved(self._device) / 2**20,
+            "outside the arena %s: %.0f MiB, of which PyTorch holds %.0f and uses %.0f", when, outside / 2**20,
+            torch.cuda.memory_reserved(self._device) / 2**20, torch.cuda.memory_allocated(self._device) / 2**20,
         )  # fmt: skip
 
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:

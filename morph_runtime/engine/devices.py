@@ -10,6 +10,8 @@ import torch
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import StepRunner
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kv import KVCache, KVLayout
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.fence import DeviceOrder
@@ -28,6 +30,7 @@ class RunnerParts:
     arena: PageArena
     static: StaticTensors
     cache: KVCache
+    kv_format: KVFormat
     swapper: LayerSwapper
     max_model_len: int
 
@@ -56,11 +59,17 @@ class EngineDevice(ABC):
         """Whether attention reads slots that nothing was written to."""
 
     @abstractmethod
+    def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
+        """Whether its attention serves this shape over a cache of this format; the reason when it does not."""
+
+    @abstractmethod
     def extent_bytes(self, budget_bytes: int) -> int:
         """Bytes of one extent for a budget, unless the settings say."""
 
     @abstractmethod
-    def workspace_bytes(self, config: EngineConfig, model: OpenModel, layout: KVLayout, budget: int) -> int:
+    def workspace_bytes(
+        self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int
+    ) -> int:
         """Upper bound of what the engine takes outside the arena, before anything has been made."""
 
     @abstractmethod

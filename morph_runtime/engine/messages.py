@@ -122,7 +122,10 @@ ToEngine = Start | Submit | Cancel | QueueSignal | SetMode | Drain
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
-    """Sent once, when the engine is ready."""
+    """Sent once, when the engine is ready.
+
+    `kv_dtype` is what the KV cache stores: `bfloat16`, `float32`, `fp8` or `int8`.
+    """
 
     model: str
     architecture: str
@@ -134,6 +137,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_model_len: int
     max_num_seqs: int
     block_tokens: int
+    kv_dtype: str
     base_blocks: int
     level_max: int
     ladder: list[str]

@@ -50,6 +50,9 @@ class StepRunner(ABC):
                 if there are no such tokens.
         """
 
+    def close(self) -> None:  # noqa: B027  most have nothing to free
+        """Free what running steps took; none runs any more."""
+
 
 @dataclass(frozen=True)
 class Done(Launched):

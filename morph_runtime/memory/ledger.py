@@ -2,6 +2,8 @@
 
 The layers' slots of one rung lie side by side in one range, in the order in which layers change. So the
 slots in use are always an interval, and what rounding to extents wastes is one extent per rung, not one per layer.
+With slots smaller than that, a level may need more extents than the one before it; as the KV cache never shrinks
+on the way down, each level then leaves room for what the deeper ones need.
 
 A down-shift maps the quantized slot before it gives the full-precision slot back, and it must work
 with every KV block live. So what one such slot needs at most is kept free: staging.
@@ -13,6 +15,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from morph_runtime.errors import ConfigError
 
@@ -72,7 +75,7 @@ class Ledger:
         """Bytes of arena and workspace: what the engine takes beyond the bare process."""
         return self.arena_bytes + self.workspace_bytes
 
-    @property
+    @cached_property
     def staging_extents(self) -> int:
         """Kept free for the next down-shift."""
         return max(
@@ -93,12 +96,25 @@ class Ledger:
         shallow = len(self._pieces(rungs[done], partial, self.num_layers))
         return shallow + (len(self._pieces(rungs[done + 1], 0, partial)) if partial else 0)
 
+    @cached_property
+    def _peaks(self) -> Sequence[int]:
+        """By level: the most extents that the layers have at it or at any deeper one."""
+        peaks = [self.weight_extents(level) for level in range(self.max_level + 1)]
+        for level in range(self.max_level - 1, -1, -1):
+            peaks[level] = max(peaks[level], peaks[level + 1])
+        return peaks
+
+    @property
+    def fixed_extents(self) -> int:
+        """What the KV cache cannot have at level 0: static weights, layers, staging."""
+        return self.static_extents + self._peaks[0] + self.staging_extents
+
     def _pieces(self, rung: str, first: int, last: int) -> range:
         return slot_pieces(self.slot_bytes[rung], self.extent_bytes, first, last)
 
     def kv_blocks_at_level(self, level: int) -> int:
         """KV blocks that a level leaves room for."""
-        spare = self.total_extents - self.static_extents - self.weight_extents(level) - self.staging_extents
+        spare = self.total_extents - self.static_extents - self._peaks[level] - self.staging_extents
         return max(0, spare) // self.quantum.extents * self.quantum.blocks
 
     def describe(self) -> dict[str, int]:
@@ -158,7 +174,7 @@ def plan_memory(
 
     slots = {rung: slot_bytes[rung] for rung in ("full", *ladder)}
     bare = Ledger(extent_bytes, 0, extents(static_bytes), slots, tuple(ladder), num_layers, quantum, workspace_bytes)
-    fixed = bare.static_extents + bare.weight_extents(0) + bare.staging_extents
+    fixed = bare.fixed_extents
 
     def with_blocks(blocks: int) -> int:
         return fixed + -(-blocks // quantum.blocks) * quantum.extents

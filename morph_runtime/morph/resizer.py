@@ -34,7 +34,14 @@ class KVResizer:
         self._remap = remap
         self._order = order
         self._shrinking: tuple[int, Fence] | None = None
+        self.has_lent = False
+        """Free blocks have been lent to changes and not been taken back."""
         self.blocks_migrated = 0
+
+    @property
+    def free_extents(self) -> int:
+        """Extents that nothing uses, the staging area among them."""
+        return self._arena.free_extents
 
     @property
     def is_settled(self) -> bool:
@@ -54,7 +61,12 @@ class KVResizer:
         if quanta:
             self._cache.grow(quanta)
             self._pool.grow(self._cache.mapped_blocks)
+        self.has_lent = False
         return quanta * self._cache.quantum_blocks
+
+    def must_move(self, blocks: int) -> bool:
+        """Whether `lower` to so many blocks would move any."""
+        return self._pool.is_live_from(blocks)
 
     def lower(self, blocks: int) -> None:
         """Give up all blocks from `blocks`, whole quanta, on; their pages come back with `finish`.
@@ -73,6 +85,21 @@ class KVResizer:
             self.blocks_migrated += len(pairs)
         self._pool.commit_migration(pairs)
         self._shrinking = quanta, self._order.fence()
+
+    def lend(self, extents: int) -> None:
+        """Give up free blocks of the tail at once, for so many extents if they suffice; `grow` takes them back.
+
+        At most half of the free tail, so that what runs can go on growing. Nothing moves, nothing is evicted.
+        """
+        if self._shrinking is not None or extents <= 0:
+            return
+        blocks, cost = self._cache.quantum_blocks, self._cache.quantum_extents
+        quanta = min(-(-extents // cost), self._pool.free_tail // 2 // blocks)
+        if quanta:
+            self._pool.reserve_below(self._cache.mapped_blocks - quanta * blocks)
+            self._pool.commit_migration(self._pool.plan_migration())
+            self._cache.shrink(quanta)
+            self.has_lent = True
 
     def finish(self, wait: bool = False) -> bool:
         """Give back the pages of a shrink once nothing reads them; True if none is under way any more."""

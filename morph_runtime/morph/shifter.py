@@ -1,8 +1,8 @@
 """The shifter walks from the present level to the target, layer by layer, at step boundaries.
 
 As many changes are under way at the same time as the filler takes on and free extents allow. On the
-way down the pages that a layer gives up serve as room for the next changes first and become KV
-blocks when they are no longer needed for that, so a walk of many layers gains speed as it goes.
+way down free KV blocks are lent for that, and the pages that a layer gives up serve as room for the next changes
+first and become KV blocks when they are no longer needed, so a walk of many layers gains speed as it goes.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LevelShifter:
         if self._begun != self.target:
             self._advance()
         self._flip()  # a filling that steps can simply be put behind is ready at once
-        if released or self._room < self._begun:
+        if released or self._room < self._begun or (self._resizer.has_lent and self._begun == self.target):
             self._regrow()
         return self.level != before
 
@@ -115,6 +115,9 @@ class LevelShifter:
         self._direction = direction
         if direction < 0 and not self._make_room():
             return
+        if direction > 0:
+            free = self._resizer.free_extents
+            self._resizer.lend(self._extents_ahead(self._begun, self._swapper.depth - self._swapper.num_pending) - free)
         while self._begun != self.target:
             change = self._plan.transition(self._begun, direction)
             if (direction < 0 and self._begun == self._room) or not self._swapper.can_begin(change):
@@ -128,6 +131,11 @@ class LevelShifter:
             self._began_s.append(began)
             self._begun += direction
 
+    def _extents_ahead(self, level: int, count: int) -> int:
+        """Extents that the next changes on the way down need, `count` of them at most, from `level` on."""
+        ahead = range(level, min(self.target, level + count))
+        return sum(self._swapper.extents_for(self._plan.transition(at, 1)) for at in ahead)
+
     def _make_room(self) -> bool:
         """Give up the KV blocks that the next changes on the way up displace; True once their pages are free."""
         if not self._resizer.finish():
@@ -135,7 +143,8 @@ class LevelShifter:
         if self._room >= self._begun:
             # The whole bundle at once if live KV allows, else one layer.
             for goal in (max(self.target, self._begun - self._swapper.depth), self._begun - 1):
-                self._before_change()
+                if self._resizer.must_move(self._capacities[goal]):
+                    self._before_change()
                 try:
                     self._resizer.lower(self._capacities[goal])
                 except CannotShrink as reason:
@@ -195,8 +204,7 @@ class LevelShifter:
             return
         keep = 0
         if self.target > self._begun:
-            ahead = range(self._begun + 1, min(self.target, self._begun + self._swapper.depth))
-            keep = sum(self._swapper.extents_for(self._plan.transition(level, 1)) for level in ahead)
+            keep = self._extents_ahead(self._begun + 1, self._swapper.depth - 1)
         try:
             self._resizer.grow(keep)
         except OSError as reason:

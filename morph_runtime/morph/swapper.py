@@ -108,7 +108,9 @@ class LayerSwapper:
 
     def can_begin(self, change: Transition) -> bool:
         """Whether there is room for this change now; if nothing is under way, one must fit."""
-        if not self.has_room or self._ranges[change.target].is_mapped(self._place[change.layer]):
+        if not self.has_room or any(c.transition.layer == change.layer for c in self._pending):
+            return False  # down two rungs in one walk: the first must have flipped
+        if self._ranges[change.target].is_mapped(self._place[change.layer]):
             return False
         return self.is_settled or self.extents_for(change) <= self._arena.free_extents
 

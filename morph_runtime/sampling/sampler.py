@@ -21,7 +21,7 @@ from morph_runtime.structured.masks import TokenMasks, rescue
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 """Temporaries of sampling, by the type of device: rows are drawn and scored in chunks that stay within them."""
-CHUNK_BYTES_ELSEWHERE = 256 << 20
+CHUNK_BYTES_ELSEWHERE = 64 << 20
 """More where a chunk costs launches of kernels."""
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.conftest import make_model, run_all, submit
 from morph_runtime.config import EngineConfig
@@ -83,8 +84,13 @@ def test_seeded_draws_repeat_whatever_else_is_in_the_batch(model: Path, engines:
 
 
 def weights_of(engine: Engine) -> list[bytes]:
+    """Every field of every layer; between fields a slot may hold anything."""
     swapper = engine.parts.swapper
-    return [swapper.slot_bytes_of(layer).cpu().numpy().tobytes() for layer in range(engine.parts.spec.layers)]
+    fields = []
+    for layer, rung in enumerate(swapper.rungs):
+        views = swapper._slots.layout(rung).views(swapper.slot_bytes_of(layer))
+        fields += [view.contiguous().view(torch.uint8).cpu().numpy().tobytes() for view in views.values()]
+    return fields
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

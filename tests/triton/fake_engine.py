@@ -64,6 +64,7 @@ class FakeEngine:
             max_model_len=self.config.model.max_model_len or 512,
             max_num_seqs=self.config.scheduler.max_num_seqs,
             block_tokens=16,
+            kv_dtype="bfloat16",
             base_blocks=64,
             level_max=NUM_LAYERS,
             ladder=["w4"],

@@ -37,6 +37,7 @@ def test_a_configuration_survives_json() -> None:
         ({"cache": {"reuse": "some"}}, r"cache\.reuse must be one of exact, at_least, any, but is 'some'"),
         ({"cache": {"prefix": "yes"}}, r"cache\.prefix must be true or false"),
         ({"model": {"awq_path": "x"}, "morph": {"ladder": ["w8"]}}, r"model\.awq_path .*morph\.ladder has no w4"),
+        ({"memory": {"kv_dtype": "int4"}}, r"memory\.kv_dtype must be one of auto, fp8, int8, but is 'int4'"),
         ({"device": "tpu"}, r"device must be one of cpu"),
     ],
 )
@@ -53,6 +54,7 @@ def test_a_bad_value_is_named_with_its_limit(values: dict[str, Any], said: str) 
         ("MORPH_MODE", "fast", "morph.mode must be one of"),
         ("MORPH_PREFIX_CACHE", "maybe", "MORPH_PREFIX_CACHE must be true or false, but is 'maybe'"),
         ("MORPH_PREFIX_REUSE", "all", "cache.reuse must be one of"),
+        ("MORPH_KV_DTYPE", "fp16", "memory.kv_dtype must be one of auto, fp8, int8, but is 'fp16'"),
         ("MORPH_OVERLAP", "maybe", "overlap must be one of auto, on, off, but is 'maybe'"),
     ],
 )

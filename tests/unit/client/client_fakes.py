@@ -173,6 +173,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
             f"morph_kv_blocks_used{{{labels}}} {min(blocks, self.running * 10)}",
             f"morph_kv_blocks_base{{{labels}}} 64",
             f"morph_kv_block_tokens{{{labels}}} 16",
+            f'morph_kv_dtype{{{labels},dtype="int8"}} 1',
             f"morph_engine_up{{{labels}}} 1",
             f'morph_mode{{{labels},mode="{mode}"}} 1',
             f'morph_shifts_total{{{labels},direction="down",rung="w4"}} {level}',

@@ -65,9 +65,16 @@ class Moved:
 class Oracle:
     """Replays slices at given rungs."""
 
-    def __init__(self, folder: Path, linears: Callable[[int, str], dict[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        linears: Callable[[int, str], dict[str, torch.Tensor]],
+        stored: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ) -> None:
+        """`stored` says what a cache makes of keys or values [tokens, kv_heads, head_dim]."""
         self._weights = load_file(folder / "model.safetensors")
         self._linears = linears
+        self._stored = stored
         self.requests: dict[int, DenseRequest] = {}
 
     def replay(self, key: int, tokens: list[int], start: int, rungs: tuple[str, ...]) -> torch.Tensor:
@@ -90,6 +97,7 @@ class Oracle:
         kv_heads = (qkv.shape[-1] // HEAD_DIM - HEADS) // 2
         q, k, v = qkv.view(len(x), -1, HEAD_DIM).split([HEADS, kv_heads, kv_heads], dim=1)
         q, k = self._rope(q, positions), self._rope(k, positions)
+        k, v = self._stored(k), self._stored(v)
         if layer in state.keys:
             k, v = torch.cat([state.keys[layer], k]), torch.cat([state.values[layer], v])
         state.keys[layer], state.values[layer] = k, v
@@ -217,7 +225,9 @@ class Ledger:
             torch.testing.assert_close(given, self._oracle.requests[anew].keys[layer], atol=1e-4, rtol=1e-4)
 
 
-def oracle_for(engine: Engine, folder: Path) -> Oracle:
+def oracle_for(
+    engine: Engine, folder: Path, stored: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+) -> Oracle:
     """An oracle with what the engine's layers multiply with at each of its levels."""
     dequantized = {}
     for level in range(len(engine.parts.capacities)):
@@ -226,7 +236,7 @@ def oracle_for(engine: Engine, folder: Path) -> Oracle:
             if (layer, rung) not in dequantized:
                 dequantized[layer, rung] = weights_of(engine, layer)
     engine.set_level(0)
-    return Oracle(folder, lambda layer, rung: dequantized[layer, rung])
+    return Oracle(folder, lambda layer, rung: dequantized[layer, rung], stored)
 
 
 def scripted_levels(engine: Engine) -> Callable[[int], None]:
