@@ -85,7 +85,7 @@ class Verdict:
                 break
             pure += piece
         if not (pure == reference.text if whole else reference.text.startswith(pure)):
-            place = len(os.path.commonprefix([pure, reference.text]))
+            place = next((at for at, (a, b) in enumerate(zip(pure, reference.text, strict=False)) if a != b), len(pure))
             if "seed" not in seen.ask.sampling and reference.tie_at(place):
                 self.ties += 1
             else:
