@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo serve test test-unit test-triton lint format clean distclean
+.PHONY: help setup demo serve test test-unit test-triton chaos fuzz lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,12 @@ test-unit: $(STAMP) ## the fast tests, no server
 
 test-triton: $(STAMP) ## the tests against a real tritonserver
 	@$(BIN)/pytest tests/triton $(ARGS)
+
+chaos: $(STAMP) ## a storm over a real server; ARGS="--seed 7 --seconds 600 --levels free"
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
+fuzz: $(STAMP) ## hostile requests on the wire; ARGS="--seed 7 --requests 100000"
+	@$(BIN)/python -m tests.chaos.fuzz $(ARGS)
 
 lint: $(STAMP) ## ruff, its formatter in check mode, and mypy --strict
 	@$(BIN)/ruff check
