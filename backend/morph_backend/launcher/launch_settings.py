@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ class LaunchSettings:
     """Whether all of Triton's log is printed."""
     drain_s: float
     """Seconds that open streams get to end after SIGTERM or Ctrl-C."""
+    admin_key: str
+    """What a client must send as `admin-key` to use Triton's endpoints for administrators."""
     environment: Mapping[str, str]
     """The environment with the command line's `MORPH_*` on top."""
 
@@ -82,11 +86,19 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
         repository=Path(repository).resolve() if repository else None,
         verbose=verbose or values.get("MORPH_LOG_VERBOSE", "") not in ("", "0"),
         drain_s=_seconds(values, "MORPH_DRAIN_S", 30.0),
+        admin_key=_key(values, "MORPH_ADMIN_KEY"),
         environment=values,
     )
     if len(set(settings.ports.values())) < 3:
         raise ConfigError("MORPH_HTTP_PORT, MORPH_GRPC_PORT and MORPH_METRICS_PORT must be three different ports.")
     return settings
+
+
+def _key(values: Mapping[str, str], name: str) -> str:
+    key = values.get(name, "")
+    if key and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", key):
+        raise ConfigError(f"{name} must be 16 to 128 letters, digits, '-' or '_'.")
+    return key or secrets.token_urlsafe(24)
 
 
 def _port(values: Mapping[str, str], name: str, default: int) -> int:

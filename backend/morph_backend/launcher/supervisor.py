@@ -34,6 +34,8 @@ PINNED_AFTER_S = 1.0
 LAST_WORDS_S = 2.0
 """Seconds from the engine's end to the server's: the errors of the open streams are on their way to the clients."""
 PR_SET_PDEATHSIG = 1
+ADMIN_ENDPOINTS = "shared-memory,model-repository,trace,logging"
+"""Endpoints that change the server or let clients name memory of this machine: served with the admin key alone."""
 
 
 class Supervisor:
@@ -187,6 +189,8 @@ class Supervisor:
             f"--grpc-port={settings.grpc_port}",
             f"--metrics-address={settings.host}",
             f"--metrics-port={settings.metrics_port}",
+            f"--http-restricted-api={ADMIN_ENDPOINTS}:admin-key={settings.admin_key}",
+            f"--grpc-restricted-protocol={ADMIN_ENDPOINTS}:admin-key={settings.admin_key}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             f"--log-verbose={1 if settings.verbose else 0}",
         ]
