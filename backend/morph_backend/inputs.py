@@ -37,6 +37,7 @@ class Wants:
     rung_share: bool = False
     num_cached_tokens: bool = False
     prompt_logprobs: bool = False
+    recomputed_at: bool = False
 
 
 @dataclass(frozen=True)

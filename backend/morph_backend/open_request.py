@@ -35,13 +35,16 @@ class End:
 class Output:
     """One of a request's `n` outputs; to the engine it is a request of its own.
 
-    All but `key`, `last_token_s` and `ended` belongs to the request's one sender thread. Tokens are kept to the end.
+    All but `key`, `last_token_s`, `arrived` and `ended` belongs to the request's one sender thread. Tokens are kept to
+    the end.
     """
 
     key: int
     assembler: OutputAssembler
     last_token_s: float = 0.0
     """When the engine's last token came, monotonic seconds; 0 before the first. Reader thread only."""
+    arrived: int = 0
+    """Tokens that have come from the engine. Reader thread only."""
     ended: bool = False
     """Whether the engine has nothing more to do for it."""
     finish_reason: str | None = None
@@ -73,6 +76,8 @@ class OpenRequest:
     """Prompt tokens that the prefix cache held; set by the reader thread ahead of the first token."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of all tokens of the prompt but the first, if asked for; set by the reader thread ahead of the first token."""
+    recomputed_at: list[int] = field(default_factory=list)
+    """For each end of an engine that it has outlived: how many tokens of its outputs had come."""
     responded: bool = False
     """Whether a response has been sent."""
     closing: threading.Lock = field(default_factory=threading.Lock)

@@ -45,12 +45,14 @@ class ResponseContent:
         num_input_tokens: tokens of the prompt.
         num_cached_tokens: those of them that the prefix cache held.
         prompt_logprobs: of each token of the prompt but the first; None if they are not asked for, or were told.
+        recomputed_at: how many tokens had come at each end of an engine so far.
     """
 
     outputs: Sequence[OutputNews]
     num_input_tokens: int
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    recomputed_at: Sequence[int] = ()
 
 
 def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[int], str]) -> list[Any]:
@@ -73,6 +75,8 @@ def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[i
     if wants.prompt_logprobs:
         told = logprob_dicts(content.prompt_logprobs, spelling)
         tensors.append(_strings("prompt_logprobs", [json.dumps(told if told is None else [None, *told])]))
+    if wants.recomputed_at:
+        tensors.append(_numbers("recomputed_at", list(content.recomputed_at), np.int32))
     if wants.morph_level:
         tensors.append(_numbers("morph_level", [level for o in outputs for level in o.levels], np.int32))
     if wants.rung_share:

@@ -118,7 +118,9 @@ class Responder:
         ]
         told = request.responded or given.sampling.prompt_logprobs is None
         prompt_logprobs = None if told else request.prompt_logprobs
-        content = ResponseContent(news, len(request.prompt), request.cached_tokens, prompt_logprobs)
+        content = ResponseContent(
+            news, len(request.prompt), request.cached_tokens, prompt_logprobs, request.recomputed_at
+        )
         request.responded = True
         tensors = output_tensors(content, given.wants, self._spelling)
         for output in request.outputs:

@@ -249,6 +249,7 @@ class Service:
         request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
         missing = len(delta.tokens) - len(delta.levels)
         levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
+        request.outputs[at].arrived += len(delta.tokens)
         self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
         return Tokens(delta.tokens, levels, delta.logprobs, at)
 
@@ -267,6 +268,9 @@ class Service:
         logging.getLogger(__name__).error("the engine has ended: %s", reason)
         self._up = False
         self._engine_metrics.up(False)
+        for request in self._open.all():
+            if arrived := sum(output.arrived for output in request.outputs):
+                request.recomputed_at.append(arrived)
 
     def on_restarted(self) -> None:
         """The new engine has the open requests."""

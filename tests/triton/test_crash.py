@@ -71,7 +71,10 @@ def test_streams_go_on_as_if_nothing_had_happened(exact: TritonServer, blow: sig
         for name, sampling in SAMPLINGS.items()
     }
     restarts = exact.metric("morph_engine_restarts_total")
-    streams = {name: GrpcStream(exact).ask("Once upon a time", sampling) for name, sampling in SAMPLINGS.items()}
+    streams = {
+        name: GrpcStream(exact).ask("Once upon a time", sampling, return_recomputed_at=True, return_morph_level=True)
+        for name, sampling in SAMPLINGS.items()
+    }
     for stream in streams.values():
         for _ in range(5):
             stream.next()
@@ -79,6 +82,10 @@ def test_streams_go_on_as_if_nothing_had_happened(exact: TritonServer, blow: sig
     texts = {name: text_of(stream.rest(60)) for name, stream in streams.items()}
     assert [stream.responses[-1].error for stream in streams.values()] == [""] * 4
     assert texts == calm
+    responses = streams["greedy"].responses
+    (at,) = responses[-1].outputs["recomputed_at"]
+    levels = [response.outputs["morph_level"] for response in responses]
+    assert sum(map(len, levels)) == GREEDY["max_tokens"] > at >= sum(map(len, levels[:5]))
     up(exact)
     until(lambda: exact.metric("morph_engine_restarts_total") == restarts + 1, 2.0)
 

@@ -31,8 +31,9 @@ OPTIONAL: dict[str, tuple[Any, str]] = {
     "rung_share": (np.object_, "n"),
     "num_cached_tokens": (np.uint32, "1"),
     "prompt_logprobs": (np.object_, "1"),
+    "recomputed_at": (np.int32, "events"),
 }
-"""Type and shape: one per output, one in all, one per new token, or a scalar."""
+"""Type and shape: one per output, one in all, one per new token, one per event (none here), or a scalar."""
 
 
 @pytest.fixture
@@ -75,6 +76,7 @@ def test_an_output_is_there_exactly_if_asked_for(ask: Any, name: str, n: int, st
             if asked:
                 dtype, shape = OPTIONAL[name]
                 sizes = {"n": (n,), "1": (1,), "": (), "tokens": (int(sum(outputs["num_output_tokens"])),)}
+                sizes["events"] = (0,)
                 assert (outputs[name].dtype, outputs[name].shape) == (dtype, sizes[shape])
 
 
