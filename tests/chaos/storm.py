@@ -219,9 +219,7 @@ def _disturb(
     for fault in faults:
         if over.wait(max(0.0, began + fault.at_s - time.monotonic())):
             return
-        until(lambda: server.metric("morph_engine_up") == 1, 60.0, "the engine")
-        pids = check.processes(server)
-        pid = pids["stub" if fault.what == "stop stub" else "engine"]
+        pid = _find(server, "stub" if fault.what == "stop stub" else "engine")
         report.done.append(fault.what)
         if fault.what in DEADLY:
             ends_s.append(time.monotonic())
@@ -234,6 +232,18 @@ def _disturb(
         else:
             over.wait(fault.for_s)
             os.kill(pid, signal.SIGCONT)
+
+
+def _find(server: TritonServer, name: str) -> int:
+    """The id of a process of an engine that is up; the metric is a little behind what is so."""
+    found: dict[str, int] = {}
+
+    def look() -> bool:
+        found.update(check.processes(server) if server.metric("morph_engine_up") == 1 else {})
+        return name in found
+
+    until(look, 60.0, f"the {name}")
+    return found[name]
 
 
 def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:

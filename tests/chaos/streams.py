@@ -54,12 +54,17 @@ class Seen:
         self.times_s.append(time.monotonic())
         self.ends += last
 
-    def longest_pause_s(self, around_s: float) -> float | None:
-        """The pause between two responses that holds the given time; None if the stream was not open then."""
-        for before, after in zip([self.began_s, *self.times_s], self.times_s, strict=False):
-            if before <= around_s < after:
-                return after - before
-        return None
+    def longest_pause_s(self, since_s: float) -> float | None:
+        """The longest pause between two responses that begins within half a second of the given time, or holds it.
+
+        None if the stream was not open then: what was on its way when an engine ended still comes after that.
+        """
+        pauses = [
+            after - before
+            for before, after in zip([self.began_s, *self.times_s], self.times_s, strict=False)
+            if before < since_s + 0.5 and after >= since_s
+        ]
+        return max(pauses) if pauses and self.began_s < since_s < self.times_s[-1] else None
 
 
 def run(server: TritonServer, ask: Ask, patience_s: float) -> Seen:

@@ -95,6 +95,8 @@ def test_who_comes_while_the_engine_is_away_is_served_or_times_out_in_the_queue(
     os.kill(engine_of(exact), signal.SIGKILL)
     until(lambda: exact.metric("morph_engine_up") == 0, 5.0, "the engine's end")
     streams = [GrpcStream(exact).ask("The sea", {"max_tokens": 5, "temperature": 0}) for _ in range(6)]
+    # Two have a credit and wait for the engine, one waits in execute() for a credit, the others in Triton's queue.
+    until(lambda: exact.metric("nv_inference_pending_request_count", model="morph") == 3, 5.0, "a backlog")
     hasty = GrpcStream(exact).ask("The sea", {"max_tokens": 5}, timeout=200_000)
     texts = [text_of(stream.rest(60)) for stream in streams]
     assert len(set(texts)) == 1 and texts[0]
