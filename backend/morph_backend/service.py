@@ -28,6 +28,8 @@ from morph_runtime.text.parameters import ParameterLimits
 from morph_runtime.text.tokenizer import Tokenizer, check_context
 
 SHUTTING_DOWN = "The server is shutting down."
+THREADS = ("execute", "engine-reader", "housekeeper", "metrics", "queue-nudger", "queue-watch")
+"""Threads whose defects are counted, from 0 on; those that send join them with their first."""
 
 
 class Engine(Protocol):
@@ -72,6 +74,8 @@ class Service:
         self._engine: Engine | None = None
         self._up = False
         self._info: EngineInfo | None = None
+        for thread in THREADS:
+            recorder.declare("morph_backend_errors_total", thread=thread)
         self._level = 0
 
     # -- life ----------------------------------------------------------------------------------------------------

@@ -158,6 +158,6 @@ class CheckpointReader:
                 self._files[shard] = SafetensorsFile(self._folder / shard)
             file = self._files[shard]
             if name not in file.tensors:
-                raise ConfigError(f"{index}: the shard {shard} has no tensor '{name}'.")
+                raise ConfigError(f"{index}: the shard {shard} has no tensor {name!r}.")
             places[name] = (file, file.tensors[name])
         return places

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -21,6 +22,7 @@ from morph_runtime.errors import ConfigError
 from morph_runtime.weights.pread import read_exactly
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 8
 """The limit of the safetensors library itself."""
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -60,10 +62,12 @@ class SafetensorsFile:
         """
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # to open a pipe would wait for ever
         except OSError as error:
             raise ConfigError(f"{path} cannot be opened: {error.strerror}.") from None
         try:
+            if not stat.S_ISREG(os.fstat(self._fd).st_mode):
+                raise ConfigError(f"{path} is not a file.")
             self.tensors: Mapping[str, TensorInfo] = self._read_header()
         except BaseException:
             self.close()
@@ -103,13 +107,13 @@ class SafetensorsFile:
         end, last = 0, ""
         for info in sorted(found, key=lambda i: (i.offset, i.nbytes)):
             if info.offset < end:
-                raise ConfigError(f"{self.path} has a damaged header: '{info.name}' overlaps '{last}'.")
+                raise ConfigError(f"{self.path} has a damaged header: {info.name!r} overlaps {last!r}.")
             end, last = info.offset + info.nbytes, info.name
         return {info.name: info for info in found}
 
     def _entry(self, name: str, value: Any, start: int, size: int) -> TensorInfo:
         def damaged(what: str) -> ConfigError:
-            return ConfigError(f"{self.path} has a damaged header: tensor '{name}' {what}.")
+            return ConfigError(f"{self.path} has a damaged header: tensor {name!r} {what}.")
 
         if not isinstance(value, dict):
             raise damaged("is no object")
@@ -117,15 +121,17 @@ class SafetensorsFile:
         if not isinstance(kind, str) or kind not in DTYPES:
             raise damaged(f"has the unknown type {kind!r}")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**48 for n in shape):
-            raise damaged(f"has the bad shape {shape!r}")
+            raise damaged(f"has the bad shape {shape!r:.200}")
+        if len(shape) > MAX_DIMENSIONS:
+            raise damaged(f"has {len(shape)} dimensions, more than {MAX_DIMENSIONS}")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-            raise damaged(f"has the bad offsets {offsets!r}")
+            raise damaged(f"has the bad offsets {offsets!r:.200}")
         nbytes = prod(shape) * DTYPES[kind].itemsize
         if offsets[1] - offsets[0] != nbytes:
             raise damaged(f"has {offsets[1] - offsets[0]} bytes where its shape and type need {nbytes}")
         if start + offsets[1] > size:
             raise ConfigError(
-                f"{self.path} is cut short: tensor '{name}' ends at byte {start + offsets[1]}, "
+                f"{self.path} is cut short: tensor {name!r} ends at byte {start + offsets[1]}, "
                 f"the file has {size} bytes."
             )
         return TensorInfo(name, DTYPES[kind], tuple(shape), start + offsets[0], nbytes)
