@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from morph_runtime.engine.kept import POISON
 from tests.chaos.plan import PROMPTS, Ask, samplings
 from tests.chaos.streams import Seen
 from triton_server import TritonServer
@@ -59,14 +61,17 @@ class Verdict:
     ended: int = 0
     left: int = 0
     ties: int = 0
+    blamed: int = 0  # were alone in two engines in a row when these were struck as if by a defect of their own
     shifted: int = 0  # streams with tokens of quantized layers: checked up to the first of them
     wrong: list[str] = field(default_factory=list)
 
-    def judge(self, seen: Seen, reference: Reference) -> None:
-        """Check one stream."""
+    def judge(self, seen: Seen, reference: Reference, own_faults_s: Sequence[float]) -> None:
+        """Check one stream; `own_faults_s` are the times at which an engine was ended as if by its own fault."""
         name = f"{seen.ask.way}, {PROMPTS[seen.ask.prompt]!r}, {seen.ask.sampling}"
         if seen.hung:
             self.wrong.append(f"hung: {name}, after {seen.text!r}")
+        elif POISON in seen.error and sum(seen.began_s < at_s < seen.ended_s for at_s in own_faults_s) >= 2:
+            self.blamed += 1
         elif seen.error:
             self.wrong.append(f"error: {name}: {seen.error}")
         elif not seen.left and seen.ends != 1:

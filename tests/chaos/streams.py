@@ -29,6 +29,7 @@ class Seen:
         error: the server's words.
         left: the client went away on purpose.
         hung: nothing came for too long.
+        ended_s: when it was over.
     """
 
     ask: Ask
@@ -41,6 +42,7 @@ class Seen:
     error: str = ""
     left: bool = False
     hung: bool = False
+    ended_s: float = 0.0
 
     @property
     def text(self) -> str:
@@ -81,6 +83,7 @@ def run(server: TritonServer, ask: Ask, patience_s: float) -> Seen:
         seen.hung = True
     except (OSError, http.client.HTTPException) as error:
         seen.error = f"{type(error).__name__}: {error}"
+    seen.ended_s = time.monotonic()
     return seen
 
 
