@@ -8,7 +8,7 @@ import pytest
 
 from tests.chaos import fuzz, storm
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.timeout(300)]
 
 
 @pytest.mark.parametrize("levels", ["fixed", "free"])
