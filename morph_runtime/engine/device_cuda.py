@@ -24,6 +24,7 @@ from morph_runtime.engine.runner import StepRunner
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape
 from morph_runtime.kernels.kv_format import KVFormat
+from morph_runtime.kernels.rung import Rung
 from morph_runtime.kv import KVLayout
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.cuda import CudaPageArena
@@ -36,6 +37,7 @@ from morph_runtime.morph.filling import LayerFiller
 from morph_runtime.morph.filling_cuda import StreamFiller
 from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.weights.hoststore import PinnedStore
+from morph_runtime.weights.slots import LayerSlots
 
 EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
 """Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
@@ -134,8 +136,11 @@ class CudaDevice(EngineDevice):
         slot.copy_(host)
 
     def filler(self, config: EngineConfig, model: OpenModel) -> LayerFiller:
-        """Reads and pins the full precision."""
-        store = PinnedStore(model.host_slots(), model.spec.layers)
+        """Reads and pins the full precision, and the W4 of an AWQ checkpoint."""
+        kept: dict[Rung, LayerSlots] = {"full": model.host_slots()}
+        if model.slots.reads_w4:
+            kept["w4"] = model.slots
+        store = PinnedStore(kept, model.spec.layers)
         return StreamFiller(model.slots, store, self._stream, config.morph.depth)
 
     def runner(self, parts: RunnerParts) -> StepRunner:
