@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 
@@ -27,6 +28,9 @@ from morph_runtime.pack.manifest import is_pack
 from morph_runtime.scheduler import PrefixCache, Scheduler
 from morph_runtime.structured.compiler import GrammarCompiler
 from morph_runtime.weights.spec import ModelSpec
+
+CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda", "nvidia-ml-py": "pynvml"}
+"""What a GPU needs besides PyTorch: distribution and top-level module."""
 
 Opener = Callable[[EngineConfig, torch.device], OpenModel]
 
@@ -123,12 +127,14 @@ def open_device(config: EngineConfig) -> EngineDevice:
         from morph_runtime.engine.device_cpu import CpuDevice
 
         return CpuDevice()
-    try:
-        from morph_runtime.engine.device_cuda import CudaDevice
-    except ImportError as error:
+    missing = [name for name, module in CUDA_PACKAGES.items() if find_spec(module) is None]
+    if missing:
         raise ConfigError(
-            f"device is cuda, but the package '{error.name}' is missing: install morphserve[cuda]."
-        ) from error
+            f"device is cuda, but {', '.join(missing)} cannot be imported: install morphserve[cuda], or set "
+            "MORPH_DEVICE=cpu."
+        )
+    from morph_runtime.engine.device_cuda import CudaDevice
+
     return CudaDevice()
 
 
