@@ -112,10 +112,8 @@ class CudaRunner(StepRunner):
                 logits = self._mixed(batch, plain and bool(rows))
             if not rows:
                 return Done(Sampled([]))
-            if logits is not None:  # some row wants what only the host's sampler can do
-                sampled = self._sample(logits, rows)
-                self._sampled[: len(rows)].copy_(torch.tensor(sampled.tokens), non_blocking=True)
-                return Done(sampled)
+            if logits is not None:
+                return Done(self._sample_both(logits[: len(rows)], rows))
             self._turn = (self._turn + 1) % RESULTS
             result = self._results[self._turn][: len(rows)]
             result.copy_(self._sampled[: len(rows)], non_blocking=True)
@@ -190,6 +188,20 @@ class CudaRunner(StepRunner):
             return logits
         self._choose(logits)
         return None
+
+    def _sample_both(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """Rows that the device can draw are drawn there, so that their company changes nothing; the others on the host.
+
+        Waits for the device; logits [rows, vocab].
+        """
+        self._choose(logits)
+        tokens: list[int] = self._sampled[: len(rows)].tolist()
+        special = [at for at, row in enumerate(rows) if not _is_simple(row)]
+        found = self._sample(logits[torch.tensor(special, device=logits.device)], [rows[at] for at in special])
+        for at, token in zip(special, found.tokens, strict=True):
+            tokens[at] = token
+        self._sampled[: len(rows)].copy_(torch.tensor(tokens))
+        return Sampled(tokens, {special[row]: score for row, score in found.logprobs.items()})
 
     def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         """What only the host's sampler can do, some rows at a time; logits [>= rows, vocab]. Waits for the device."""
