@@ -76,10 +76,12 @@ class CudaDevice(EngineDevice):
                 "is the oldest that is served: use a newer one, or set MORPH_DEVICE=cpu."
             )
         torch.cuda.init()
+        self._memory.check(str(torch.cuda.get_device_properties(self._device).uuid))
         # One stream for all steps, current for the engine's thread from here on.
         self._stream = torch.cuda.Stream(self._device, priority=-1)
         torch.cuda.set_stream(self._stream)
         self._order = StreamOrder(self._stream)
+        self._is_whole = False
 
     @property
     def torch_device(self) -> torch.device:
@@ -125,7 +127,8 @@ class CudaDevice(EngineDevice):
     def arena(self, ledger: Ledger, config: EngineConfig) -> PageArena:
         """Static weights, layers, staging and the least KV cache; or all of it if no budget is set."""
         total = ledger.total_extents
-        if config.memory.budget_gib:
+        self._is_whole = not config.memory.budget_gib
+        if not self._is_whole:
             total = min(total, ledger.fixed_extents + ledger.quantum.extents)
         return CudaPageArena(total, ledger.extent_bytes)
 
@@ -157,7 +160,7 @@ class CudaDevice(EngineDevice):
         graphs = GraphSet(graph_sizes(sequences)) if config.kernels.graphs else None
         runner = CudaRunner(
             decoder,
-            StepAttention(spec, parts.cache, inputs, parts.max_model_len),
+            StepAttention(spec, parts.cache, inputs, parts.max_model_len, parts.model.slots.dtype),
             inputs,
             parts.swapper,
             Sampler(spec.eos_ids, self._device, cpu_threads(config)),
@@ -190,15 +193,15 @@ class CudaDevice(EngineDevice):
         """See `EngineDevice.fit`."""
         assert isinstance(arena, CudaPageArena)
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes + MARGIN_BYTES
-        if arena.total_extents == ledger.total_extents:
+        if self._is_whole:
             return replace(ledger, workspace_bytes=outside)
         fitted = replace(
             ledger, workspace_bytes=outside, total_extents=(ledger.budget_bytes - outside) // ledger.extent_bytes
         )
         if fitted.total_extents < arena.total_extents:
-            needed = (arena.total_extents * arena.extent_bytes + outside) / GIB
+            needed = (arena.total_extents * arena.extent_bytes + outside) / GIB + 0.005
             raise ConfigError(
-                f"memory.budget_gib is {ledger.budget_bytes / GIB:.4g}, but this model needs at least {needed:.4g} GiB."
+                f"memory.budget_gib is {ledger.budget_bytes / GIB:.4g}, but this model needs at least {needed:.2f} GiB."
             )
         arena.extend(fitted.total_extents - arena.total_extents)
         return fitted

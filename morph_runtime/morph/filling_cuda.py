@@ -23,9 +23,6 @@ from morph_runtime.weights.slots import LayerSlots
 
 BOUNCE_BYTES = 32 * 2**20
 """Room on the GPU for rows of full precision that are quantized on their way in (from W8 to W4)."""
-COPY_BYTES = 4 * 2**20
-"""Copied over PCIe at a time. The inputs of a step go the same way: they wait for one piece at most, about 75 us, not
-for a whole layer."""
 
 
 class StreamFilling(Filling):
@@ -76,9 +73,7 @@ class StreamFiller(LayerFiller):
         with torch.cuda.stream(self._stream):
             stored = self._store.find(layer, rung)
             if stored is not None:
-                for first in range(0, stored.shape[0], COPY_BYTES):
-                    part = stored[first : first + COPY_BYTES]
-                    slot[first : first + part.shape[0]].copy_(part, non_blocking=True)
+                slot[: stored.shape[0]].copy_(stored, non_blocking=True)
             else:
                 self._quantize(self._slots.bind(layer, rung, slot), source)
             event = torch.cuda.Event()
@@ -109,7 +104,5 @@ class StreamFiller(LayerFiller):
         room = self._bounce[: step * columns * rows.itemsize].view(rows.dtype).view(step, columns)
         for first in range(0, total, step):
             part = rows[first : first + step]
-            few = max(1, COPY_BYTES // (columns * rows.itemsize))
-            for row in range(0, len(part), few):
-                room[row : row + few][: len(part) - row].copy_(part[row : row + few], non_blocking=True)
+            room[: len(part)].copy_(part, non_blocking=True)
             linear.kernel.pack(room[: len(part)], linear.tensors, first)
