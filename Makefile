@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-EXTRAS ?= server,embedded,plots,dev
+EXTRAS ?= server,embedded,openai-server,plots,dev
 # PYTHON: an interpreter 3.10 to 3.12 (default: the first fit one of python3.11, 3.12, 3.10, python3).
 # PIP_INDEX: a package index to use instead of pip's own.
 # TORCH_INDEX: a further index for PyTorch, such as that of its CPU wheels; see CONTRIBUTING.md.

@@ -160,6 +160,7 @@ class Service:
         given = read(self.limits)
         prompt = self._tokenizer.encode_prompt(given.text, self._info.max_model_len - 1)
         check_prompt(prompt, self._info.vocab_size)
+        given = given.within_context(len(prompt), self._info.max_model_len)
         check_context(len(prompt), given.sampling.max_tokens, self._info.max_model_len)
         request = OpenRequest(
             key=next(self._keys),

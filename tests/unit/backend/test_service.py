@@ -94,7 +94,7 @@ def test_bad_input_is_refused_before_any_credit(house: House) -> None:
     for _ in range(3):
         house.ask('{"max_tokens": 400}')
     began = time.monotonic()
-    sender = finished(house.ask('{"max_tokens": -1}'))
+    sender = finished(house.ask('{"max_tokens": -2}'))
     assert time.monotonic() - began < 0.5
     assert sender.error.code == "INVALID_ARG" and "max_tokens" in str(sender.error)
 
