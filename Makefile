@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo serve test test-unit test-triton lint format clean distclean
+.PHONY: help setup demo serve test test-unit test-triton test-deploy lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +39,16 @@ serve: $(STAMP) ## serve a model; MORPH_MODEL, MORPH_MODE, MORPH_MEMORY_BUDGET_G
 	@$(BIN)/morph serve $(ARGS)
 
 test: $(STAMP) ## the whole CPU suite, real tritonserver included
-	@$(BIN)/pytest tests/unit tests/triton $(ARGS)
+	@$(BIN)/pytest tests/unit tests/triton tests/deploy $(ARGS)
 
 test-unit: $(STAMP) ## the fast tests, no server
 	@$(BIN)/pytest tests/unit $(ARGS)
 
 test-triton: $(STAMP) ## the tests against a real tritonserver
 	@$(BIN)/pytest tests/triton $(ARGS)
+
+test-deploy: $(STAMP) ## compose, dashboards and Kubernetes objects; what is not installed here is skipped with a reason
+	@$(BIN)/pytest tests/deploy -rs $(ARGS)
 
 lint: $(STAMP) ## ruff, its formatter in check mode, and mypy --strict
 	@$(BIN)/ruff check

@@ -25,7 +25,7 @@ from morph_backend.nudge import GrpcNudgeStream, QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.service import Engine, Service
-from morph_backend.settings import BackendSettings, backend_settings, load_engine_config
+from morph_backend.settings import BackendSettings, backend_settings, load_engine_config, log_level
 from morph_runtime.config import EngineConfig, resolve_model_folder
 from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.errors import ConfigError, EngineDown
@@ -44,13 +44,13 @@ class TritonPythonModel:
         Raises:
             pb_utils.TritonModelException: with one sentence for the operator; Triton does not load the model then.
         """
-        logging.basicConfig(
-            level=os.environ.get("MORPH_LOG_LEVEL", "WARNING").upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
         self._control = ControlFolder.from_environment(os.environ)
         try:
+            logging.basicConfig(
+                level=log_level(os.environ),
+                format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+                stream=sys.stderr,
+            )
             self._start(args)
         except (ConfigError, EngineDown) as error:
             self._control.say("error", str(error))
