@@ -25,8 +25,8 @@ from morph_backend.nudge import GrpcNudgeStream, QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.service import Engine, Service
-from morph_backend.settings import BackendSettings, backend_settings, load_engine_config, log_level
-from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_backend.settings import BackendSettings, backend_settings, load_engine_config
+from morph_runtime.config import EngineConfig, log_level, resolve_model_folder
 from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.errors import ConfigError, EngineDown
 from morph_runtime.text.tokenizer import Tokenizer
@@ -108,6 +108,7 @@ class TritonPythonModel:
             engine.close()
             raise
         self._service.attach(engine, info)
+        recorder.gauge("morph_ttft_slo_seconds", config.morph.ttft_slo_s)
         self._start_threads(settings, recorder, (name, version), info.max_model_len)
         self._control.say("ready", json.dumps({"model": info.model, "max_model_len": info.max_model_len}))
 

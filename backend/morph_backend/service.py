@@ -96,7 +96,8 @@ class Service:
         return self._admission.waiting
 
     def publish_queue(self, signal: QueueSignal) -> None:
-        """Pass the outer queue's state on to the engine's controller, if the engine is there."""
+        """Pass the outer queue's state on to the metrics, and to the engine's controller if the engine is there."""
+        self._engine_metrics.outer(signal.pending)
         if self._engine is not None and self.healthy:
             try:
                 self._engine.publish_queue(signal)
@@ -220,8 +221,7 @@ class Service:
         """Tokens, starts and ends of one step."""
         now = self._clock()
         self._engine_metrics.beat()
-        self._recorder.gauge("vllm:num_requests_running", out.running)
-        self._recorder.gauge("vllm:num_requests_waiting", out.waiting)
+        self._engine_metrics.requests(out.waiting, out.running)
         for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
             self._admission.release(key)
             if (started := self._open.get(key)) is not None:

@@ -36,7 +36,6 @@ class BackendSettings:
     """Seconds that the engine may take to load the model."""
 
 
-_LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _LIMITS: Mapping[str, tuple[int, int]] = {
     "sender_threads": (1, 64),
     "cancel_poll_ms": (10, 1000),
@@ -85,18 +84,6 @@ def load_engine_config(model_json: Path, env: Mapping[str, str] | None = None) -
     if not config.model.path and (demo := demo_model()) is not None:
         config = replace(config, model=replace(config.model, path=str(demo)))
     return config
-
-
-def log_level(env: Mapping[str, str]) -> str:
-    """The level of our own log lines, from `MORPH_LOG_LEVEL`.
-
-    Raises:
-        ConfigError: there is no such level.
-    """
-    level = (env.get("MORPH_LOG_LEVEL") or "WARNING").upper()
-    if level not in _LOG_LEVELS:
-        raise ConfigError(f"MORPH_LOG_LEVEL must be one of {', '.join(_LOG_LEVELS)}, but is '{level}'.")
-    return level
 
 
 def checkout_root() -> Path | None:

@@ -36,7 +36,8 @@ ENV LD_LIBRARY_PATH=/opt/tritonserver/lib \
 END
 docker build --network=host -q -t prom/prometheus:standin - <<'END'
 FROM morphserve-base:standin
-RUN apt-get update -q && apt-get install -qy --no-install-recommends prometheus && mkdir -p /prometheus && chmod 777 /prometheus
+RUN apt-get update -q && apt-get install -qy --no-install-recommends prometheus wget \
+    && mkdir -p /prometheus && chmod 777 /prometheus
 USER nobody
 WORKDIR /prometheus
 ENTRYPOINT ["prometheus"]

@@ -7,8 +7,8 @@ import socket
 from pathlib import Path
 
 from morph_backend.launcher.launch_settings import LaunchSettings
-from morph_backend.settings import load_engine_config, log_level
-from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_backend.settings import load_engine_config
+from morph_runtime.config import EngineConfig, log_level, resolve_model_folder
 from morph_runtime.errors import ConfigError
 from morph_runtime.text.tokenizer import Tokenizer
 
