@@ -264,10 +264,12 @@ class Service:
     # -- duties and endings --------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """End requests whose client has gone or whose time is over."""
+        """End requests whose client has gone or whose time is over; the log lines are Triton's vLLM backend's."""
         now = self._clock()
+        logger = logging.getLogger(__name__)
         for request in self._all_open():
             if request.channel.is_cancelled():
+                logger.info("[vllm] Cancelling the request")
                 status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
             elif now - request.arrival_s > self._max_request_s:
                 status, outcome = Status.UNAVAILABLE, "error"
@@ -277,6 +279,8 @@ class Service:
             if request.channel.fail(status, message):
                 self.closed(request, outcome, running=True)
                 self._admission.wake()
+                if status is Status.CANCELLED:
+                    logger.info("[vllm] Successfully cancelled the request")
 
     def closed(self, request: OpenRequest, outcome: str, *, running: bool) -> None:
         """A request's FINAL is out: forget it, count it, and stop the engine's work on it if it is `running`."""

@@ -113,7 +113,7 @@ def test_the_settings_reach_the_model_and_prometheus_scrapes_it(stack: Stack) ->
 
 def test_the_containers_are_locked_down(stack: Stack) -> None:
     script = "id -u; touch /x 2>&1; cat /proc/self/status | grep CapEff; df -m /dev/shm | tail -1"
-    done = stack.compose("exec", "triton-cpu", "sh", "-c", script)
+    done = stack.compose("exec", "-T", "triton-cpu", "sh", "-c", script)
     user, touched, capabilities, shm = done.stdout.splitlines()
     assert user == "1000" and "Read-only file system" in touched
     assert capabilities.split()[1].strip("0") == "" and int(shm.split()[1]) == 1024
@@ -123,7 +123,8 @@ def test_a_hung_engine_makes_the_container_unhealthy(stack: Stack) -> None:
     script = (
         "import os, pathlib, signal, sys\n"
         "for p in pathlib.Path('/proc').iterdir():\n"
-        "    if p.name.isdigit() and b'morph_runtime.engine.process' in (p / 'cmdline').read_bytes():\n"
+        "    name = (p / 'cmdline').read_bytes() if p.name.isdigit() and int(p.name) != os.getpid() else b''\n"
+        "    if b'morph_runtime.engine.process' in name:\n"
         "        os.kill(int(p.name), getattr(signal, sys.argv[1]))\n"
     )
 
@@ -131,11 +132,11 @@ def test_a_hung_engine_makes_the_container_unhealthy(stack: Stack) -> None:
         return stack.compose("ps", "--format", "{{.Health}}", "triton-cpu").stdout.strip()
 
     assert state() == "healthy"
-    stack.compose("exec", "triton-cpu", "python3", "-c", script, "SIGSTOP")
+    stack.compose("exec", "-T", "triton-cpu", "python3", "-c", script, "SIGSTOP")
     try:
         until(lambda: state() == "unhealthy", 60.0, "an unhealthy container")
     finally:
-        stack.compose("exec", "triton-cpu", "python3", "-c", script, "SIGCONT")
+        stack.compose("exec", "-T", "triton-cpu", "python3", "-c", script, "SIGCONT")
     until(lambda: state() == "healthy", 30.0, "a healthy container")
 
 

@@ -143,8 +143,8 @@ def test_a_killed_engine_ends_every_stream_with_an_error(fresh: TritonServer) ->
         stream.next()
     os.kill(engine_of(fresh), signal.SIGKILL)
     for stream in streams:
-        assert "unhealthy engine" in stream.rest(10)[-1].error
-    assert "unhealthy engine" in post(fresh, {"text_input": "abc"})[1]["error"]
+        assert "unhealthy vLLM engine" in stream.rest(10)[-1].error
+    assert "unhealthy vLLM engine" in post(fresh, {"text_input": "abc"})[1]["error"]
     until(lambda: fresh.metric("morph_engine_up") == 0, 1.5)
     assert fresh.process.wait(10) == 1
     assert "The server ends because its engine has: " in fresh.output()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ class LaunchSettings:
     """Whether all of Triton's log is printed."""
     triton: Path | None
     """Folder of an installed Triton to use; None: the embedded one."""
+    triton_arguments: Sequence[str]
+    """Further arguments for tritonserver, after ours."""
     check: bool
     """Whether to end after the checks, without starting anything."""
     drain_s: float
@@ -57,6 +60,7 @@ _OPTIONS: tuple[tuple[str, str, str], ...] = (
     ("--metrics-port", "MORPH_METRICS_PORT", "metrics port (8002)"),
     ("--model-repository", "MORPH_MODEL_REPOSITORY", "model repository with a folder 'morph'"),
     ("--triton-dir", "MORPH_TRITON_DIR", "an installed Triton, such as /opt/tritonserver (the embedded one)"),
+    ("--triton-args", "MORPH_TRITON_ARGS", "further arguments for tritonserver, as one text"),
     ("--drain-seconds", "MORPH_DRAIN_S", "seconds for open streams to end at shutdown (30)"),
 )
 
@@ -88,6 +92,7 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
         repository=Path(repository).resolve() if repository else None,
         verbose=verbose or values.get("MORPH_LOG_VERBOSE", "") not in ("", "0"),
         triton=Path(triton).resolve() if triton else None,
+        triton_arguments=_words(values, "MORPH_TRITON_ARGS"),
         check=check,
         drain_s=_seconds(values, "MORPH_DRAIN_S", 30.0),
         environment=values,
@@ -95,6 +100,13 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
     if len(set(settings.ports.values())) < 3:
         raise ConfigError("MORPH_HTTP_PORT, MORPH_GRPC_PORT and MORPH_METRICS_PORT must be three different ports.")
     return settings
+
+
+def _words(values: Mapping[str, str], name: str) -> Sequence[str]:
+    try:
+        return shlex.split(values.get(name, ""))
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be split into arguments: {error}.") from None
 
 
 def _port(values: Mapping[str, str], name: str, default: int) -> int:

@@ -177,7 +177,7 @@ def test_a_dead_engine_ends_all_and_refuses_more(house: House) -> None:
         assert finished(sender).error.code == "UNAVAILABLE"
     assert not house.service.healthy
     late = finished(house.ask("{}"))
-    assert late.error.code == "UNAVAILABLE" and "unhealthy engine" in str(late.error)
+    assert late.error.code == "UNAVAILABLE" and "unhealthy vLLM engine" in str(late.error)
 
 
 def test_a_dead_engine_wakes_who_waits_for_a_credit(house: House) -> None:
