@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from morph_backend.settings import BackendSettings, backend_settings, checkout_root, load_model_file
+from morph_backend.settings import (
+    BackendSettings,
+    backend_settings,
+    checkout_root,
+    has_queue_timeouts,
+    load_model_file,
+)
 from morph_runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -96,3 +102,18 @@ def test_without_a_checkout_the_packaged_repository_is_written_out(monkeypatch: 
     finally:
         run.remove()
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize(
+    "policy, ends",
+    [
+        ({"allow_timeout_override": True, "default_timeout_microseconds": "60000000"}, True),
+        ({"allow_timeout_override": True, "default_timeout_microseconds": "9", "timeout_action": "DELAY"}, False),
+        ({"allow_timeout_override": True, "default_timeout_microseconds": "0"}, False),
+        ({"default_timeout_microseconds": "60000000"}, False),
+        (None, False),
+    ],
+)
+def test_nudges_need_a_queue_that_ends_expired_requests(policy: dict[str, Any] | None, ends: bool) -> None:
+    assert has_queue_timeouts({"dynamic_batching": {"default_queue_policy": policy}}) is ends
+    assert has_queue_timeouts({}) is False
