@@ -24,7 +24,7 @@ def serve(app: FastAPI, host: str, port: int, drain_s: int) -> None:
         access_log=False,
         timeout_graceful_shutdown=drain_s,
     )
-    listening = _listen(host, port)
+    listening = listen(host, port)
     # uvicorn sends itself the signal that ended it once more when all is done: it must find someone who ignores it.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     try:
@@ -33,11 +33,12 @@ def serve(app: FastAPI, host: str, port: int, drain_s: int) -> None:
         listening.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A socket of our own: uvicorn tells of a port in use with a log line and leaves with a status of its own."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind)
+        # With the protocol named (6, not 0) asyncio sends small pieces at once; else each first token waits 40 ms.
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
         try:
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
