@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo serve test test-unit test-triton test-deploy lint format clean distclean
+.PHONY: help setup demo serve test test-unit test-triton test-deploy test-gpu lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ test-triton: $(STAMP) ## the tests against a real tritonserver
 
 test-deploy: $(STAMP) ## compose, dashboards and Kubernetes objects; what is not installed here is skipped with a reason
 	@$(BIN)/pytest tests/deploy -rs $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need an NVIDIA GPU (tests/gpu/MANIFEST.md); elsewhere they are skipped
+	@$(BIN)/pytest tests/gpu $(ARGS)
 
 lint: $(STAMP) ## ruff, its formatter in check mode, and mypy --strict
 	@$(BIN)/ruff check

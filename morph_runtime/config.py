@@ -19,7 +19,9 @@ from morph_runtime.errors import ConfigError
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
 RUNGS = ("w8", "w4")
+KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
+OVERLAPS = ("auto", "on", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
 
@@ -56,6 +58,10 @@ class MemorySettings:
     """KiB per physical extent of the page arena; 0: chosen from the budget."""
     block_tokens: int = 16
     """Tokens per KV block."""
+    kv_dtype: str = "auto"
+    """What the KV cache stores: `auto`, the type of the activations; `fp8`, float8_e4m3fn without scales (2 times the
+    tokens per byte of bfloat16); `int8`, with a scale per token and KV head (1.9 times). Both cost some quality, at
+    every level; `fp8` is slow on CPU."""
     prefault: bool = True
     """Fill page tables when pages are mapped (one call) instead of at each first touch."""
 
@@ -104,6 +110,8 @@ class MorphSettings:
     """Seconds from arrival to first token that the controller tries to hold."""
     interval_s: float = 0.05
     """Seconds between decisions."""
+    depth: int = 16
+    """Layers that may be changing at the same time on a GPU (on a CPU, one)."""
     dwell_s: float = 2.0
     """Seconds for which the pressure must have gone before a level is given back."""
     signal_stale_s: float = 2.0
@@ -120,6 +128,8 @@ class KernelSettings:
     """Name of the W8 linear kernel."""
     w4: str = ""
     """Name of the W4 linear kernel."""
+    graphs: bool = True
+    """On a GPU, run decodes from CUDA graphs that are captured at start; false launches every kernel anew."""
     threads: int = 0
     """CPU threads of the engine; 0: all cores but one, at least one."""
 
@@ -135,11 +145,19 @@ class EngineConfig:
     morph: MorphSettings = field(default_factory=MorphSettings)
     kernels: KernelSettings = field(default_factory=KernelSettings)
     device: str = "cpu"
-    """`cpu` (CUDA follows)."""
+    """`cpu`, or `cuda`: the first GPU that the process sees."""
+    overlap: str = "auto"
+    """Schedule the next step while the device runs the present one: `on`, `off`, or `auto`, on for devices that run
+    beside the host (not `cpu`)."""
     stats_interval_s: float = 0.2
     """Seconds between statistics snapshots."""
     check_integrity: bool = False
     """Run the integrity check after every step (tests); it always runs when the engine goes idle."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched before the one ahead of it is resolved."""
+        return self.overlap == "on" or (self.overlap == "auto" and self.device != "cpu")
 
     def to_json(self) -> str:
         """The tree as JSON; `from_mapping(json.loads(...))` gives it back."""
@@ -169,17 +187,19 @@ class EngineConfig:
             text = env.get(name, "")
             if text == "":
                 continue
-            section = getattr(config, group)
+            section = getattr(config, group) if group else config
             kind = get_type_hints(type(section))[key]
             try:
                 value = _parse(kind, text)
             except ValueError:
                 raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {text!r}.") from None
-            config = replace(config, **{group: replace(section, **{key: value})})
+            changed: dict[str, Any] = {key: value}
+            config = replace(config, **({group: replace(section, **changed)} if group else changed))
         validate(config)
         return config
 
 
+# Variable -> (section, field); the section of a field of the tree's root is empty.
 ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODEL": ("model", "path"),
     "MORPH_AWQ": ("model", "awq_path"),
@@ -188,10 +208,13 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MAX_MODEL_LEN": ("model", "max_model_len"),
     "MORPH_MEMORY_BUDGET_GIB": ("memory", "budget_gib"),
     "MORPH_KV_TOKENS": ("memory", "kv_tokens"),
+    "MORPH_KV_DTYPE": ("memory", "kv_dtype"),
     "MORPH_MAX_NUM_SEQS": ("scheduler", "max_num_seqs"),
     "MORPH_MAX_NUM_BATCHED_TOKENS": ("scheduler", "max_num_batched_tokens"),
     "MORPH_PREFIX_CACHE": ("cache", "prefix"),
     "MORPH_PREFIX_REUSE": ("cache", "reuse"),
+    "MORPH_DEVICE": ("", "device"),
+    "MORPH_OVERLAP": ("", "overlap"),
     "MORPH_MODE": ("morph", "mode"),
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
@@ -219,6 +242,7 @@ def validate(config: EngineConfig) -> None:
         ("scheduler.grammar_cache", config.scheduler.grammar_cache, 0, 65536),
         ("morph.ttft_slo_s", config.morph.ttft_slo_s, 1e-3, 3600),
         ("morph.interval_s", config.morph.interval_s, 1e-3, 60),
+        ("morph.depth", config.morph.depth, 1, 1024),
         ("morph.dwell_s", config.morph.dwell_s, 0, 3600),
         ("morph.signal_stale_s", config.morph.signal_stale_s, 1e-2, 3600),
         ("kernels.threads", config.kernels.threads, 0, 4096),
@@ -232,10 +256,12 @@ def validate(config: EngineConfig) -> None:
             f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
             f"({config.scheduler.max_num_seqs}), but is {config.scheduler.max_num_batched_tokens}."
         )
+    _one_of("memory.kv_dtype", config.memory.kv_dtype, KV_DTYPES)
     _one_of("cache.reuse", config.cache.reuse, REUSES)
     _one_of("morph.mode", config.morph.mode, MODES)
     _one_of("model.dtype", config.model.dtype, DTYPES)
-    _one_of("device", config.device, ("cpu",))
+    _one_of("overlap", config.overlap, OVERLAPS)
+    _one_of("device", config.device, ("cpu", "cuda"))
     for rung in config.morph.ladder:
         _one_of("morph.ladder", rung, RUNGS)
     if not config.morph.ladder or len(set(config.morph.ladder)) != len(config.morph.ladder):

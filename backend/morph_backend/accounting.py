@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from morph_backend.open_request import OpenRequest
+from morph_backend.open_request import OpenRequest, Output
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.rungs import RUNGS, RungShares
 
@@ -26,15 +26,16 @@ class RequestAccounting:
         """The engine has begun with the prompt."""
         self._recorder.count("vllm:prompt_tokens_total", len(request.prompt))
 
-    def arrived(self, request: OpenRequest, count: int, now: float) -> None:
-        """`count` tokens have come from the engine at `now` (monotonic seconds); reader thread only."""
-        if request.last_token_s == 0.0:
-            self._recorder.observe("vllm:time_to_first_token_seconds", now - request.arrival_s)
-            request.last_token_s = now
+    def arrived(self, request: OpenRequest, output: Output, count: int, now: float) -> None:
+        """`count` tokens of an output have come from the engine at `now` (monotonic seconds); reader thread only."""
+        if output.last_token_s == 0.0:
+            if not any(other.last_token_s for other in request.outputs):
+                self._recorder.observe("vllm:time_to_first_token_seconds", now - request.arrival_s)
+            output.last_token_s = now
             count -= 1
         for _ in range(count):
-            self._recorder.observe("vllm:time_per_output_token_seconds", (now - request.last_token_s) / count)
-        request.last_token_s = now
+            self._recorder.observe("vllm:time_per_output_token_seconds", (now - output.last_token_s) / count)
+        output.last_token_s = now
 
     def generated(self, levels: list[int]) -> None:
         """Output tokens at `levels` count."""
@@ -50,7 +51,9 @@ class RequestAccounting:
         if outcome in ("stop", "length"):
             self._recorder.observe("vllm:e2e_request_latency_seconds", now - request.arrival_s)
             self._recorder.observe("vllm:request_prompt_tokens", len(request.prompt))
-            self._recorder.observe("vllm:request_generation_tokens", len(request.tokens))
+            self._recorder.observe("vllm:request_params_n", len(request.outputs))
+            for output in request.outputs:
+                self._recorder.observe("vllm:request_generation_tokens", len(output.tokens))
 
     def outcome(self, outcome: str) -> None:
         """A request has ended in this way."""

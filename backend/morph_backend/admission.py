@@ -1,14 +1,14 @@
 """Admission credits: how many requests may wait in the engine before the rest waits in Triton's queue.
 
-A credit is taken before a request is handed to the engine and comes back when the engine first
-schedules it. `execute()` blocks on it, which is what keeps Triton's queue, and with it priorities,
-timeouts and the pending count, real.
+A credit is taken for each output of a request before it is handed to the engine, and comes back when the
+engine first schedules that output. `execute()` blocks on it, which is what keeps Triton's queue, and
+with it priorities, timeouts and the pending count, real.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from enum import Enum
 
 
@@ -21,7 +21,7 @@ class Admitted(Enum):
 
 
 class Admission:
-    """At most `line` requests hold a credit at a time. Safe to use from several threads."""
+    """At most `line` outputs hold a credit at a time. Safe to use from several threads."""
 
     def __init__(self, line: int) -> None:
         self._line = line
@@ -35,11 +35,11 @@ class Admission:
         """Requests that wait for a credit right now."""
         return self._waiting
 
-    def acquire(self, key: int, give_up: Callable[[], bool], poll_s: float = 0.05) -> Admitted:
-        """Wait for a credit for the request `key`.
+    def acquire(self, keys: Collection[int], give_up: Callable[[], bool], poll_s: float = 0.05) -> Admitted:
+        """Wait for a credit for each of `keys`; who asks for more than the line has waits until nobody holds one.
 
         Args:
-            key: the request.
+            keys: the outputs of one request.
             give_up: asked at least every `poll_s` seconds and after each `wake`; True ends the wait.
             poll_s: seconds.
         """
@@ -51,8 +51,8 @@ class Admission:
                         return Admitted.CLOSED
                     if give_up():
                         return Admitted.GAVE_UP
-                    if len(self._holders) < self._line:
-                        self._holders.add(key)
+                    if not self._holders or len(self._holders) + len(keys) <= self._line:
+                        self._holders.update(keys)
                         return Admitted.YES
                     self._changed.wait(poll_s)
             finally:

@@ -36,6 +36,7 @@ class EngineMetrics:
         record.gauge("morph_kv_blocks_used", 0)
         record.gauge("morph_prefix_cached_blocks", 0)
         record.gauge("morph_kv_block_tokens", info.block_tokens)
+        record.gauge("morph_kv_dtype", 1, dtype=info.kv_dtype)
         record.gauge("morph_memory_bytes", info.budget_bytes, kind="budget")
         record.gauge(_REQUESTS, info.max_num_seqs, request_type="max")
         self.requests(0, 0)

@@ -36,6 +36,7 @@ class Wants:
     morph_level: bool = False
     rung_share: bool = False
     num_cached_tokens: bool = False
+    prompt_logprobs: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,42 +14,38 @@ from morph_runtime.text.assembler import OutputAssembler
 
 @dataclass(frozen=True)
 class Tokens:
-    """New tokens from the engine, with the level of each; with log probabilities if they were asked for."""
+    """New tokens of one output from the engine, with the level of each; with log probabilities if asked for."""
 
     tokens: list[int]
     levels: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    output: int = 0
 
 
 @dataclass(frozen=True)
 class End:
-    """The engine's last word on a request: a reason of `Finished`, or `down` (the engine is gone)."""
+    """The engine's last word on an output: a reason of `Finished`, or `down` (the engine is gone)."""
 
     reason: str
     detail: str = ""
+    output: int = 0
 
 
 @dataclass
-class OpenRequest:
-    """The state of one request.
+class Output:
+    """One of a request's `n` outputs; to the engine it is a request of its own.
 
-    `inbox` is filled by the engine's reader thread and emptied by the request's one sender thread;
-    everything from `tokens` on belongs to that sender thread. Prompt and tokens are kept to the end.
+    All but `key`, `last_token_s` and `ended` belongs to the request's one sender thread. Tokens are kept to the end.
     """
 
     key: int
-    given: GenerateRequest
-    prompt: list[int]
-    channel: ResponseChannel
     assembler: OutputAssembler
-    arrival_s: float
-    """When `execute()` got it, monotonic seconds."""
-    inbox: deque[Tokens | End] = field(default_factory=deque)
-    submitted: bool = False
-    cached_tokens: int = 0
-    """Prompt tokens that the prefix cache held; set by the reader thread ahead of the first token."""
     last_token_s: float = 0.0
     """When the engine's last token came, monotonic seconds; 0 before the first. Reader thread only."""
+    ended: bool = False
+    """Whether the engine has nothing more to do for it."""
+    finish_reason: str | None = None
+    """None while more tokens may come."""
     tokens: list[int] = field(default_factory=list)
     rung_tokens: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
     """Tokens so far by rung (full, w8, w4), weighted by layer."""
@@ -58,9 +54,35 @@ class OpenRequest:
     unsent_logprobs: list[TokenLogprobs] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     """Sum over the tokens so far of the chosen token's log probability."""
+
+
+@dataclass
+class OpenRequest:
+    """The state of one request. `inbox` is filled by the engine's reader thread and emptied by the sender thread."""
+
+    given: GenerateRequest
+    prompt: list[int]
+    channel: ResponseChannel
+    outputs: list[Output]
+    """At least one; their keys follow each other."""
+    arrival_s: float
+    """When `execute()` got it, monotonic seconds."""
+    inbox: deque[Tokens | End] = field(default_factory=deque)
+    submitted: bool = False
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held; set by the reader thread ahead of the first token."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of all tokens of the prompt but the first, if asked for; set by the reader thread ahead of the first token."""
+    responded: bool = False
+    """Whether a response has been sent."""
     closing: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
     """Whether the request has been counted and forgotten; guarded by `closing`."""
+
+    @property
+    def key(self) -> int:
+        """The key of its first output."""
+        return self.outputs[0].key
 
     def take(self) -> list[Tokens | End]:
         """All that has come from the engine since the last call."""
@@ -74,3 +96,42 @@ class OpenRequest:
         with self.closing:
             first, self.closed = not self.closed, True
             return first
+
+
+class OpenRequests:
+    """The requests without a FINAL, by the keys of their outputs. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_key: dict[int, tuple[OpenRequest, int]] = {}
+        self._next_key = 1
+
+    def __len__(self) -> int:
+        """Requests, however many outputs they have."""
+        return len(self.all())
+
+    def new_keys(self, count: int) -> range:
+        """Keys that no other output has had."""
+        with self._lock:
+            first, self._next_key = self._next_key, self._next_key + count
+            return range(first, self._next_key)
+
+    def add(self, request: OpenRequest) -> None:
+        """Keep a request."""
+        with self._lock:
+            self._by_key.update({output.key: (request, at) for at, output in enumerate(request.outputs)})
+
+    def remove(self, request: OpenRequest) -> None:
+        """Forget a request, if it is there."""
+        with self._lock:
+            for output in request.outputs:
+                self._by_key.pop(output.key, None)
+
+    def find(self, key: int) -> tuple[OpenRequest, int] | None:
+        """The request of an output and the output's place in it; None if its FINAL is out."""
+        return self._by_key.get(key)
+
+    def all(self) -> list[OpenRequest]:
+        """Each request once, oldest first."""
+        with self._lock:
+            return [request for request, at in self._by_key.values() if at == 0]

@@ -16,49 +16,67 @@ from morph_runtime.engine.messages import TokenLogprobs
 
 
 @dataclass(frozen=True)
-class ResponseContent:
-    """What one response says.
+class OutputNews:
+    """What one response says of one output.
 
     Attributes:
         text: the new text, or the whole one.
-        finish_reason: None on all responses but the last.
-        num_input_tokens: tokens of the prompt.
-        num_cached_tokens: those of them that the prefix cache held.
+        finish_reason: None until the output has ended.
         levels: the level of each token that is new in this response.
-        rung_tokens: tokens of the request so far by rung, weighted by layer.
+        rung_tokens: tokens of the output so far by rung, weighted by layer.
         logprobs: of each token that is new in this response; None if the sampling parameter `logprobs` is unset.
-        cumulative_logprob: of all tokens of the request so far.
+        cumulative_logprob: of all tokens of the output so far.
     """
 
     text: str
     finish_reason: str | None
-    num_input_tokens: int
     levels: Sequence[int]
     rung_tokens: Sequence[float]
     logprobs: Sequence[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0
+
+
+@dataclass(frozen=True)
+class ResponseContent:
+    """What one response says.
+
+    Attributes:
+        outputs: all outputs of the request, in order, with or without news.
+        num_input_tokens: tokens of the prompt.
+        num_cached_tokens: those of them that the prefix cache held.
+        prompt_logprobs: of each token of the prompt but the first; None if they are not asked for, or were told.
+    """
+
+    outputs: Sequence[OutputNews]
+    num_input_tokens: int
     num_cached_tokens: int = 0
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
 
 def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[int], str]) -> list[Any]:
     """The tensors of a response: the text and what was asked for. `spelling` gives one token's text."""
-    tensors = [_string("text_output", content.text)]
+    outputs = content.outputs
+    tensors = [_strings("text_output", [o.text for o in outputs])]
     if wants.finish_reason:
-        tensors.append(_string("finish_reason", str(content.finish_reason)))
+        tensors.append(_strings("finish_reason", [str(o.finish_reason) for o in outputs]))
     if wants.cumulative_logprob:
-        tensors.append(pb_utils.Tensor("cumulative_logprob", np.asarray([content.cumulative_logprob], np.float32)))
+        tensors.append(_numbers("cumulative_logprob", [o.cumulative_logprob for o in outputs], np.float32))
     if wants.logprobs:
-        tensors.append(_string("logprobs", json.dumps(logprob_dicts(content.logprobs, spelling))))
+        scores = [json.dumps(logprob_dicts(o.logprobs, spelling)) for o in outputs]
+        tensors.append(_strings("logprobs", scores))
     if wants.num_input_tokens:
-        tensors.append(pb_utils.Tensor("num_input_tokens", np.asarray(content.num_input_tokens, dtype=np.uint32)))
+        tensors.append(_numbers("num_input_tokens", content.num_input_tokens, np.uint32))
     if wants.num_output_tokens:
-        tensors.append(pb_utils.Tensor("num_output_tokens", np.asarray([len(content.levels)], dtype=np.uint32)))
+        tensors.append(_numbers("num_output_tokens", [len(o.levels) for o in outputs], np.uint32))
     if wants.num_cached_tokens:
-        tensors.append(pb_utils.Tensor("num_cached_tokens", np.asarray([content.num_cached_tokens], dtype=np.uint32)))
+        tensors.append(_numbers("num_cached_tokens", [content.num_cached_tokens], np.uint32))
+    if wants.prompt_logprobs:
+        told = logprob_dicts(content.prompt_logprobs, spelling)
+        tensors.append(_strings("prompt_logprobs", [json.dumps(told if told is None else [None, *told])]))
     if wants.morph_level:
-        tensors.append(pb_utils.Tensor("morph_level", np.asarray(content.levels, dtype=np.int32)))
+        tensors.append(_numbers("morph_level", [level for o in outputs for level in o.levels], np.int32))
     if wants.rung_share:
-        tensors.append(_string("rung_share", json.dumps(rung_share(content.rung_tokens))))
+        tensors.append(_strings("rung_share", [json.dumps(rung_share(o.rung_tokens)) for o in outputs]))
     return tensors
 
 
@@ -85,5 +103,9 @@ def rung_share(rung_tokens: Sequence[float]) -> dict[str, float]:
     return {rung: round(tokens / total, 9) for rung, tokens in zip(RUNGS, rung_tokens, strict=True)}
 
 
-def _string(name: str, text: str) -> Any:
-    return pb_utils.Tensor(name, np.asarray([text.encode("utf-8", "replace")], dtype=np.object_))
+def _strings(name: str, texts: Sequence[str]) -> Any:
+    return pb_utils.Tensor(name, np.asarray([text.encode("utf-8", "replace") for text in texts], dtype=np.object_))
+
+
+def _numbers(name: str, values: float | Sequence[float], dtype: type) -> Any:
+    return pb_utils.Tensor(name, np.asarray(values, dtype=dtype))

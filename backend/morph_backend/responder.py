@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from morph_backend.channel import Status
-from morph_backend.open_request import End, OpenRequest, Tokens
-from morph_backend.outputs import ResponseContent, output_tensors
+from morph_backend.open_request import End, OpenRequest, Output, Tokens
+from morph_backend.outputs import OutputNews, ResponseContent, output_tensors
 from morph_backend.rungs import RungShares
 
 UNHEALTHY = "Model is unavailable due to unhealthy vLLM engine"
@@ -17,8 +17,11 @@ UNHEALTHY = "Model is unavailable due to unhealthy vLLM engine"
 class RequestBook(Protocol):
     """Who keeps the open requests."""
 
-    def closed(self, request: OpenRequest, outcome: str, *, running: bool) -> None:
-        """A request's FINAL is out; `running` if the engine still works on it."""
+    def closed(self, request: OpenRequest, outcome: str) -> None:
+        """A request's FINAL is out."""
+
+    def stop(self, output: Output) -> None:
+        """An output has ended in the serving process: the engine need not go on with it."""
 
 
 class Responder:
@@ -46,29 +49,34 @@ class Responder:
         events = request.take()
         if not events or request.channel.closed:
             return
-        groups = [event for event in events if isinstance(event, Tokens)]
-        new = Tokens(
-            [token for group in groups for token in group.tokens],
-            [level for group in groups for level in group.levels],
-            [scores for group in groups for scores in group.logprobs],
-        )
-        end = next((event for event in events if isinstance(event, End)), None)
-        finish = self._take(request, new)
-        if finish is not None:
-            self._finish(request, finish, running=end is None)
-        elif end is None:
-            if request.given.stream and request.unsent_text:
-                self._send(request, None)
-        elif end.reason in ("stop", "length"):
-            rest = request.assembler.flush()
-            if rest.text:
-                request.unsent_text.append(rest.text)
-            self._finish(request, rest.finish_reason or end.reason, running=False)
-        else:
-            self.fail(request, end)
+        for event in events:
+            output = request.outputs[event.output]
+            if isinstance(event, End):
+                output.ended = True
+                failed = event.reason not in ("stop", "length") and output.finish_reason is None
+                if failed or event.reason == "down":
+                    self.fail(request, event)
+                    return
+            if output.finish_reason is not None:
+                continue  # a stop string has ended it, and the engine went on until it was told
+            if isinstance(event, Tokens):
+                self._take(output, event)
+            else:
+                rest = output.assembler.flush()
+                output.unsent_text.append(rest.text)
+                output.finish_reason = rest.finish_reason or event.reason
+        if all(output.finish_reason for output in request.outputs):
+            if self._send(request, final=True):
+                self._book.closed(request, _outcome(request))
+            return
+        for output in request.outputs:
+            if output.finish_reason and not output.ended:
+                self._book.stop(output)
+        if request.given.stream and any(map(any, (output.unsent_text for output in request.outputs))):
+            self._send(request, final=False)
 
     def fail(self, request: OpenRequest, end: End) -> None:
-        """End a request with an error."""
+        """End a request with an error, whichever of its outputs it hit."""
         if end.reason == "cancelled":
             status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
         elif end.reason == "invalid":
@@ -78,40 +86,47 @@ class Responder:
         else:
             status, message, outcome = Status.INTERNAL, end.detail or "The engine could not finish it.", "error"
         if request.channel.fail(status, message):
-            self._book.closed(request, outcome, running=False)
+            self._book.closed(request, outcome)
 
-    def _take(self, request: OpenRequest, new: Tokens) -> str | None:
-        """Book new tokens; returns `stop` if a stop string ends the output."""
-        delta = request.assembler.push(new.tokens)
+    def _take(self, output: Output, new: Tokens) -> None:
+        """Book new tokens of an output that has not ended."""
+        delta = output.assembler.push(new.tokens)
         levels = new.levels[: delta.n_tokens]
         scores = new.logprobs[: delta.n_tokens]
-        request.tokens.extend(new.tokens[: delta.n_tokens])
-        request.unsent_logprobs.extend(scores)
-        request.cumulative_logprob += sum(at.values[0] for at in scores)
-        self._shares.add(request.rung_tokens, levels)
-        request.unsent_levels.extend(levels)
+        output.tokens.extend(new.tokens[: delta.n_tokens])
+        output.unsent_logprobs.extend(scores)
+        output.cumulative_logprob += sum(at.values[0] for at in scores)
+        self._shares.add(output.rung_tokens, levels)
+        output.unsent_levels.extend(levels)
         if levels:
             self._counted(levels)
-        if delta.text:
-            request.unsent_text.append(delta.text)
-        return delta.finish_reason
+        output.unsent_text.append(delta.text)
+        output.finish_reason = delta.finish_reason
 
-    def _finish(self, request: OpenRequest, reason: str, *, running: bool) -> None:
-        if self._send(request, reason):
-            self._book.closed(request, reason, running=running)
+    def _send(self, request: OpenRequest, *, final: bool) -> bool:
+        given = request.given
+        prompt = given.text if given.echo else ""
+        news = [
+            OutputNews(
+                text=prompt + "".join(output.unsent_text),
+                finish_reason=output.finish_reason,
+                levels=output.unsent_levels,
+                rung_tokens=output.rung_tokens,
+                logprobs=None if given.sampling.logprobs is None else output.unsent_logprobs,
+                cumulative_logprob=output.cumulative_logprob,
+            )
+            for output in request.outputs
+        ]
+        told = request.responded or given.sampling.prompt_logprobs is None
+        prompt_logprobs = None if told else request.prompt_logprobs
+        content = ResponseContent(news, len(request.prompt), request.cached_tokens, prompt_logprobs)
+        request.responded = True
+        tensors = output_tensors(content, given.wants, self._spelling)
+        for output in request.outputs:
+            output.unsent_text, output.unsent_levels, output.unsent_logprobs = [], [], []
+        return request.channel.send(tensors, final=final)
 
-    def _send(self, request: OpenRequest, finish_reason: str | None) -> bool:
-        text = "".join(request.unsent_text)
-        content = ResponseContent(
-            text=request.given.text + text if request.given.echo else text,
-            finish_reason=finish_reason,
-            num_input_tokens=len(request.prompt),
-            num_cached_tokens=request.cached_tokens,
-            levels=request.unsent_levels,
-            rung_tokens=request.rung_tokens,
-            logprobs=None if request.given.sampling.logprobs is None else request.unsent_logprobs,
-            cumulative_logprob=request.cumulative_logprob,
-        )
-        tensors = output_tensors(content, request.given.wants, self._spelling)
-        request.unsent_text, request.unsent_levels, request.unsent_logprobs = [], [], []
-        return request.channel.send(tensors, final=finish_reason is not None)
+
+def _outcome(request: OpenRequest) -> str:
+    """`length` if any output was cut off."""
+    return "length" if any(output.finish_reason == "length" for output in request.outputs) else "stop"

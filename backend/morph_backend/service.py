@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -14,8 +13,9 @@ from morph_backend.accounting import RequestAccounting
 from morph_backend.admission import Admission, Admitted
 from morph_backend.channel import ResponseChannel, Status
 from morph_backend.engine_metrics import EngineMetrics
+from morph_backend.fan_out import submissions
 from morph_backend.inputs import GenerateRequest
-from morph_backend.open_request import End, OpenRequest, Tokens
+from morph_backend.open_request import End, OpenRequest, OpenRequests, Output, Tokens
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.responder import UNHEALTHY, Responder
 from morph_backend.rungs import RungShares
@@ -66,9 +66,8 @@ class Service:
         self._on_decisions, self._on_gone = on_decisions, on_gone
         self._admission = Admission(line)
         self._engine_metrics = EngineMetrics(recorder)
-        self._keys = itertools.count(1)
         self._lock = threading.Lock()
-        self._open: dict[int, OpenRequest] = {}
+        self._open = OpenRequests()
         self._refusal = ""  # why no request is taken any more; guarded by _lock
         self._engine: Engine | None = None
         self._info: EngineInfo | None = None
@@ -113,7 +112,11 @@ class Service:
     def limits(self) -> ParameterLimits:
         """What one request may ask for."""
         assert self._info is not None
-        return ParameterLimits(max_tokens=self._info.max_model_len, vocab_size=self._info.vocab_size)
+        return ParameterLimits(
+            max_tokens=self._info.max_model_len,
+            max_outputs=self._info.max_num_seqs,
+            vocab_size=self._info.vocab_size,
+        )
 
     def refuse(self, reason: str) -> None:
         """Take no more requests; those that wait for a credit are answered at once, the others go on."""
@@ -123,9 +126,9 @@ class Service:
 
     def abort(self, detail: str) -> None:
         """End every open request with an UNAVAILABLE error."""
-        for request in self._all_open():
+        for request in self._open.all():
             if request.channel.fail(Status.UNAVAILABLE, detail):
-                self.closed(request, "error", running=True)
+                self.closed(request, "error")
 
     def close(self) -> None:
         """End the engine and the sender threads; open requests get an error."""
@@ -163,32 +166,28 @@ class Service:
         check_prompt(prompt, self._info.vocab_size)
         given = given.within_context(len(prompt), self._info.max_model_len)
         check_context(len(prompt), given.sampling.max_tokens, self._info.max_model_len)
-        request = OpenRequest(
-            key=next(self._keys),
-            given=given,
-            prompt=prompt,
-            channel=channel,
-            assembler=OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids),
-            arrival_s=arrival_s,
-        )
+        outputs = [
+            Output(key, OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids))
+            for key in self._open.new_keys(given.sampling.n)
+        ]
+        request = OpenRequest(given, prompt, channel, outputs, arrival_s)
         with self._lock:
             refusal = self._refusal
             if not refusal:
-                self._open[request.key] = request
+                self._open.add(request)
         if refusal:
             self._reject(request)
             return
         try:
             self._admit(request)
         except Exception:
-            self._admission.release(request.key)
-            with self._lock:
-                self._open.pop(request.key, None)
+            self._release(request)
+            self._open.remove(request)
             raise
 
     def _admit(self, request: OpenRequest) -> None:
         assert self._engine is not None and self._info is not None
-        admitted = self._admission.acquire(request.key, lambda: request.channel.closed)
+        admitted = self._admission.acquire([o.key for o in request.outputs], lambda: request.channel.closed)
         if admitted is Admitted.GAVE_UP:
             return
         if admitted is Admitted.CLOSED:
@@ -196,24 +195,18 @@ class Service:
             return
         request.submitted = True
         try:
-            self._engine.submit(
-                Submit(
-                    key=request.key,
-                    prompt=request.prompt,
-                    sampling=spell_bad_words(request.given.sampling, self._tokenizer, self._info.vocab_size),
-                    arrival_s=request.arrival_s,
-                    slo_class=request.given.slo_class,
-                )
-            )
+            sampling = spell_bad_words(request.given.sampling, self._tokenizer, self._info.vocab_size)
+            for message in submissions(request, sampling):
+                self._engine.submit(message)
             if request.channel.closed:  # cancelled between the credit and the submission
-                self._engine.cancel(request.key)
+                self._cancel(request)
         except EngineDown as error:
-            self._admission.release(request.key)
+            self._release(request)
             self._responder.fail(request, End("down", str(error)))
 
     def _reject(self, request: OpenRequest) -> None:
         if request.channel.fail(Status.UNAVAILABLE, self._refusal):
-            self.closed(request, "rejected", running=False)
+            self.closed(request, "rejected")
 
     # -- the engine's words --------------------------------------------------------------------------------------
 
@@ -224,26 +217,29 @@ class Service:
         self._engine_metrics.requests(out.waiting, out.running)
         for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
             self._admission.release(key)
-            if (started := self._open.get(key)) is not None:
-                started.cached_tokens = cached
-                self._accounting.started(started)
-        news: dict[int, list[Tokens | End]] = {}
+            if (begun := self._open.find(key)) is not None and begun[1] == 0:
+                begun[0].cached_tokens = cached
+                self._accounting.started(begun[0])
+        news: dict[int, tuple[OpenRequest, list[Tokens | End]]] = {}
         for delta in out.tokens:
-            request = self._open.get(delta.key)
-            if request is None or not delta.tokens:
+            if (found := self._open.find(delta.key)) is None or not delta.tokens:
                 continue
+            request, at = found
+            request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
             missing = len(delta.tokens) - len(delta.levels)
             levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
-            self._accounting.arrived(request, len(delta.tokens), now)
-            news.setdefault(delta.key, []).append(Tokens(delta.tokens, levels, delta.logprobs))
+            self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
+            events = news.setdefault(request.key, (request, []))[1]
+            events.append(Tokens(delta.tokens, levels, delta.logprobs, at))
         for finished in out.finished:
             self._admission.release(finished.key)
-            news.setdefault(finished.key, []).append(End(finished.reason, finished.detail))
-        for key, events in news.items():
-            if (request := self._open.get(key)) is not None:
-                # At once: a sender thread must never see a request's last text without its end, for FINAL rides on it.
-                request.inbox.extend(events)
-                self._senders.wake(request)
+            if (found := self._open.find(finished.key)) is not None:
+                events = news.setdefault(found[0].key, (found[0], []))[1]
+                events.append(End(finished.reason, finished.detail, found[1]))
+        for request, events in news.values():
+            # At once: a sender thread must never see a request's last text without its end, for FINAL rides on it.
+            request.inbox.extend(events)
+            self._senders.wake(request)
 
     def on_stats(self, stats: EngineStats) -> None:
         """A snapshot."""
@@ -256,7 +252,7 @@ class Service:
         logging.getLogger(__name__).error("the engine is down: %s", reason)
         self._engine_metrics.up(False)
         self.refuse(f"{UNHEALTHY}: {reason}")
-        for request in self._all_open():
+        for request in self._open.all():
             request.inbox.append(End("down", reason))
             self._senders.wake(request)
         self._on_gone(reason)
@@ -267,7 +263,7 @@ class Service:
         """End requests whose client has gone or whose time is over; the log lines are Triton's vLLM backend's."""
         now = self._clock()
         logger = logging.getLogger(__name__)
-        for request in self._all_open():
+        for request in self._open.all():
             if request.channel.is_cancelled():
                 logger.info("[vllm] Cancelling the request")
                 status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
@@ -277,28 +273,40 @@ class Service:
             else:
                 continue
             if request.channel.fail(status, message):
-                self.closed(request, outcome, running=True)
+                self.closed(request, outcome)
                 self._admission.wake()
                 if status is Status.CANCELLED:
                     logger.info("[vllm] Successfully cancelled the request")
 
-    def closed(self, request: OpenRequest, outcome: str, *, running: bool) -> None:
-        """A request's FINAL is out: forget it, count it, and stop the engine's work on it if it is `running`."""
+    def closed(self, request: OpenRequest, outcome: str) -> None:
+        """A request's FINAL is out: forget it, count it, and stop the engine's work on it."""
         if not request.close():
             return
-        with self._lock:
-            self._open.pop(request.key, None)
+        self._open.remove(request)
         self._accounting.ended(request, outcome, self._clock())
-        if running and request.submitted and self._engine is not None:
+        if request.submitted:
+            self._cancel(request)
+
+    def stop(self, output: Output) -> None:
+        """A stop string has ended an output: the engine need not go on with it."""
+        output.ended = True
+        if self._engine is not None:
             try:
-                self._engine.cancel(request.key)
+                self._engine.cancel(output.key)
             except EngineDown as error:
                 logging.getLogger(__name__).info("nothing to cancel: %s", error)
 
+    def _cancel(self, request: OpenRequest) -> None:
+        """Stop the engine's work on what has not ended of a request."""
+        for output in request.outputs:
+            if not output.ended:
+                self.stop(output)
+
+    def _release(self, request: OpenRequest) -> None:
+        """Give back all credits of a request."""
+        for output in request.outputs:
+            self._admission.release(output.key)
+
     def _fail_request(self, request: OpenRequest, error: Exception) -> None:
         if request.channel.fail(Status.INTERNAL, f"The response could not be sent: {error}"):
-            self.closed(request, "error", running=True)
-
-    def _all_open(self) -> list[OpenRequest]:
-        with self._lock:
-            return list(self._open.values())
+            self.closed(request, "error")

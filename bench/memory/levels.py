@@ -33,7 +33,7 @@ def reading(engine: Engine, baseline: ProcessMemory) -> dict[str, float]:
     arena = engine.parts.arena
     spans = {name: (span.address, span.extents * arena.extent_bytes) for name, span in arena.ranges.items()}
     resident = rss_by_range(spans)
-    weights = sum(n for name, n in resident.items() if name.startswith("layer"))
+    weights = sum(n for name, n in resident.items() if name.startswith("weights."))
     kv = sum(n for name, n in resident.items() if name.startswith("kv"))
     now = process_memory()
     return {

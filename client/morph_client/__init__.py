@@ -24,7 +24,15 @@ from morph_client.errors import (
 )
 from morph_client.prometheus import Histogram, Metrics
 from morph_client.sync_client import MorphClient, TokenStream
-from morph_client.types import Chunk, Completion, RungShare, SamplingParams, TokenLogprob
+from morph_client.types import (
+    Chunk,
+    Completion,
+    CompletionOutput,
+    OutputChunk,
+    RungShare,
+    SamplingParams,
+    TokenLogprob,
+)
 
 __all__ = [
     "AsyncMorphClient",
@@ -33,6 +41,7 @@ __all__ = [
     "Cancelled",
     "Chunk",
     "Completion",
+    "CompletionOutput",
     "DeadlineExceeded",
     "Histogram",
     "InvalidRequest",
@@ -40,6 +49,7 @@ __all__ = [
     "MissingDependency",
     "MorphClient",
     "MorphError",
+    "OutputChunk",
     "QueueFull",
     "QueueTimeout",
     "RungShare",

@@ -6,8 +6,9 @@ from urllib.parse import urlsplit
 
 from morph_client.errors import BadInput
 
-DEFAULT_URL = "localhost:8001"
+GRPC_PORT = 8001
 METRICS_PORT = 8002
+DEFAULT_URL = f"localhost:{GRPC_PORT}"
 
 
 def grpc_target(url: str) -> str:
@@ -22,10 +23,10 @@ def grpc_target(url: str) -> str:
         raise BadInput(f"'{url}' has no valid port: write host:port, such as {DEFAULT_URL}") from None
     if not host or parts.path or " " in text:
         raise BadInput(f"'{url}' is not a gRPC address: write host:port, such as {DEFAULT_URL}")
-    return text if port is not None else f"{text}:8001"
+    return text if port is not None else f"{text}:{GRPC_PORT}"
 
 
-def metrics_url_for(target: str) -> str:
-    """The metrics page of the same host, on Triton's usual port. ``target`` is what :func:`grpc_target` returned."""
+def metrics_url_for(target: str, port: int = METRICS_PORT) -> str:
+    """The metrics page of the same host. ``target`` is what :func:`grpc_target` returned."""
     host = urlsplit(f"//{target}").hostname or "localhost"
-    return f"http://{f'[{host}]' if ':' in host else host}:{METRICS_PORT}/metrics"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/metrics"

@@ -27,6 +27,8 @@ class ServerState:
     kv_base: float | None
     """KV blocks at level 0."""
     kv_block_tokens: int | None
+    kv_dtype: str | None
+    """What the KV cache stores: `bfloat16`, `int8` and so on."""
     pending: float
     """Requests in Triton's queue."""
     waiting: float
@@ -65,6 +67,7 @@ class ServerState:
         up = metrics.get("morph_engine_up", model=model)
         bits = metrics.by_label("morph_layer_bits", "layer", model=model)
         modes = metrics.by_label("morph_mode", "mode", model=model)
+        kv_dtypes = metrics.by_label("morph_kv_dtype", "dtype", model=model)
         decisions = {
             (s.labels.get("action", ""), s.labels.get("reason", "")): s.value
             for s in metrics.samples("morph_decisions_total", model=model)
@@ -78,6 +81,7 @@ class ServerState:
             kv_used=metrics.get("morph_kv_blocks_used", model=model),
             kv_base=metrics.get("morph_kv_blocks_base", model=model),
             kv_block_tokens=whole("morph_kv_block_tokens"),
+            kv_dtype=next(iter(kv_dtypes), None),
             pending=number("nv_inference_pending_request_count"),
             waiting=number("morph_requests_in_line") + number("morph_execute_waiting"),
             running=number("vllm:num_requests_running"),

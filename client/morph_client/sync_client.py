@@ -140,7 +140,7 @@ class MorphClient:
         ``stream=False`` asks for the answer in one chunk. ``priority`` 1 is the highest, 0 the server's default.
         ``timeout_s`` limits the wait in the server's queue (:class:`QueueTimeout`), ``deadline_s`` the whole
         request (:class:`DeadlineExceeded`). ``slo_class`` names the service class. ``details=False`` leaves
-        levels and rung shares out, which a plain vLLM backend does not know.
+        out levels, rung shares and cached tokens, which a plain vLLM backend does not know.
 
         Raises :class:`InvalidRequest` for what this side can check; the rest is raised while iterating.
         """

@@ -29,6 +29,8 @@ class SamplingParams:
     """Number of candidates to sample from; 0 is all of them (0)."""
     seed: int | None = None
     """Makes sampling repeatable (none)."""
+    n: int | None = None
+    """Outputs to generate from the prompt; above 1 only when sampling (1)."""
     stop: str | Sequence[str] | None = None
     """A string or several at which to stop (none)."""
     ignore_eos: bool | None = None
@@ -53,6 +55,8 @@ class SamplingParams:
     """Token ids that end the output (none)."""
     logprobs: int | None = None
     """Log probabilities of this many most likely tokens beside the chosen one, up to 20 (none)."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first (none)."""
     structured_outputs: Mapping[str, object] | None = None
     """The form of the output: one of ``json`` (a schema), ``regex``, ``choice`` (a list), ``grammar`` (none)."""
     extra: Mapping[str, object] = field(default_factory=dict)
@@ -96,9 +100,9 @@ class TokenLogprob:
     """1 is the most likely."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """One response of a stream."""
+@dataclass(frozen=True, kw_only=True)
+class OutputChunk:
+    """What one response says of one output."""
 
     text: str
     """The text since the last chunk."""
@@ -107,73 +111,131 @@ class Chunk:
     levels: tuple[int, ...]
     """The level at which each of these tokens was computed; empty if not asked for."""
     rung_share: RungShare | None
-    """Shares of all output tokens so far; ``None`` if not asked for."""
+    """Shares of all tokens of this output so far; ``None`` if not asked for."""
     finish_reason: str | None
-    """``stop`` or ``length`` on the last chunk, else ``None``."""
-    num_input_tokens: int | None
-    """Length of the prompt in tokens."""
-    arrival_s: float
-    """When this chunk arrived, counted from the moment the request was sent."""
+    """``stop`` or ``length`` once the output has ended, else ``None``."""
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     """For each of these tokens, it and then the most likely ones; empty if not asked for."""
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A whole answer."""
+@dataclass(frozen=True, kw_only=True)
+class Chunk(OutputChunk):
+    """One response of a stream: what is new in the first output, and in the others if ``n`` was above 1."""
+
+    num_input_tokens: int | None
+    """Length of the prompt in tokens."""
+    arrival_s: float
+    """When this chunk arrived, counted from the moment the request was sent."""
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that the prefix cache held; ``None`` if not asked for."""
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
+    """On the first chunk, if asked for: each token of the prompt and then the most likely ones; first a ``None``."""
+    more: tuple[OutputChunk, ...] = ()
+    """The other outputs, with or without news."""
+
+    @property
+    def outputs(self) -> tuple[OutputChunk, ...]:
+        """All of the outputs, in order."""
+        return (self, *self.more)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionOutput:
+    """One whole output."""
 
     text: str
     finish_reason: str | None
-    num_input_tokens: int
     num_output_tokens: int
     levels: tuple[int, ...]
     """The level at which each output token was computed."""
     rung_share: RungShare | None
-    ttft_s: float
-    """From sending the request to its first response."""
-    e2e_s: float
-    """From sending the request to its last response."""
     token_arrivals_s: tuple[float, ...]
     """When each output token arrived, counted from the sending. Tokens of one chunk share a time."""
     logprobs: tuple[tuple[TokenLogprob, ...], ...] = ()
     """For each output token, it and then the most likely ones; empty if not asked for."""
 
 
-class CompletionBuilder:
-    """Joins chunks into a :class:`Completion`."""
+@dataclass(frozen=True, kw_only=True)
+class Completion(CompletionOutput):
+    """A whole answer: the first output, and the others if ``n`` was above 1."""
+
+    num_input_tokens: int
+    ttft_s: float
+    """From sending the request to its first response."""
+    e2e_s: float
+    """From sending the request to its last response."""
+    num_cached_tokens: int | None = None
+    """Tokens of the prompt that the prefix cache held; ``None`` if not asked for."""
+    prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
+    """If asked for: each token of the prompt and then the most likely ones; ``None`` for the first token."""
+    more: tuple[CompletionOutput, ...] = ()
+    """The other outputs."""
+
+    @property
+    def outputs(self) -> tuple[CompletionOutput, ...]:
+        """All of the outputs, in order."""
+        return (self, *self.more)
+
+
+class _OutputBuilder:
+    """Joins the chunks of one output."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
         self._levels: list[int] = []
         self._logprobs: list[tuple[TokenLogprob, ...]] = []
         self._arrivals: list[float] = []
-        self._first_s: float | None = None
+        self._last: OutputChunk | None = None
+
+    def add(self, chunk: OutputChunk, arrival_s: float) -> None:
+        self._text.append(chunk.text)
+        self._levels.extend(chunk.levels)
+        self._logprobs.extend(chunk.logprobs)
+        self._arrivals.extend([arrival_s] * chunk.tokens)
+        self._last = chunk
+
+    def build(self) -> CompletionOutput:
+        assert self._last is not None
+        return CompletionOutput(
+            text="".join(self._text),
+            finish_reason=self._last.finish_reason,
+            num_output_tokens=len(self._arrivals),
+            levels=tuple(self._levels),
+            rung_share=self._last.rung_share,
+            token_arrivals_s=tuple(self._arrivals),
+            logprobs=tuple(self._logprobs),
+        )
+
+
+class CompletionBuilder:
+    """Joins chunks into a :class:`Completion`."""
+
+    def __init__(self) -> None:
+        self._outputs: list[_OutputBuilder] = []
+        self._first: Chunk | None = None
         self._last: Chunk | None = None
 
     def add(self, chunk: Chunk) -> None:
         """Takes the next chunk of the stream."""
-        self._text.append(chunk.text)
-        self._levels.extend(chunk.levels)
-        self._logprobs.extend(chunk.logprobs)
-        self._arrivals.extend([chunk.arrival_s] * chunk.tokens)
-        if self._first_s is None:
-            self._first_s = chunk.arrival_s
+        while len(self._outputs) < len(chunk.outputs):
+            self._outputs.append(_OutputBuilder())
+        for builder, output in zip(self._outputs, chunk.outputs, strict=False):
+            builder.add(output, chunk.arrival_s)
+        self._first = self._first or chunk
         self._last = chunk
 
     def build(self) -> Completion:
         """The completion so far. Raises :class:`InvalidRequest` if no chunk ever came."""
-        last = self._last
-        if last is None or self._first_s is None:
+        begun, last = self._first, self._last
+        if begun is None or last is None:
             raise InvalidRequest("the stream held no response")
+        first, *more = [builder.build() for builder in self._outputs]
         return Completion(
-            text="".join(self._text),
-            finish_reason=last.finish_reason,
+            **{item.name: getattr(first, item.name) for item in fields(CompletionOutput)},
             num_input_tokens=last.num_input_tokens or 0,
-            num_output_tokens=len(self._arrivals),
-            levels=tuple(self._levels),
-            rung_share=last.rung_share,
-            ttft_s=self._first_s,
+            ttft_s=begun.arrival_s,
             e2e_s=last.arrival_s,
-            token_arrivals_s=tuple(self._arrivals),
-            logprobs=tuple(self._logprobs),
+            num_cached_tokens=last.num_cached_tokens,
+            prompt_logprobs=begun.prompt_logprobs,
+            more=tuple(more),
         )

@@ -15,7 +15,7 @@ import numpy as np
 from tritonclient.grpc import InferInput, service_pb2
 
 from morph_client.errors import InvalidRequest, ServerError
-from morph_client.types import Chunk, RungShare, SamplingParams, TokenLogprob
+from morph_client.types import Chunk, OutputChunk, RungShare, SamplingParams, TokenLogprob
 
 # Asks Triton for a gRPC status with each error of a stream. Errors found before a request is queued
 # (an unknown model, say) still come as plain words inside the stream, so both are handled.
@@ -23,8 +23,9 @@ STATUS_HEADER = ("triton_grpc_error", "true")
 
 _LARGEST_MESSAGE = 2**31 - 1
 _ALWAYS_ASKED = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
-_DETAILS = ("return_morph_level", "return_rung_share")
+_DETAILS = ("return_morph_level", "return_rung_share", "return_num_cached_tokens")
 _SCORES = ("return_logprobs",)
+_PROMPT_SCORES = ("return_prompt_logprobs",)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,9 @@ def build_request(
     sampling = sampling or SamplingParams()
     sampling_json = sampling.to_json()
     # Without this flag a response in one piece begins with the prompt.
-    flags = ("exclude_input_in_output", *_ALWAYS_ASKED, *(_SCORES if sampling.logprobs is not None else ()))
+    scores = _SCORES if sampling.logprobs is not None else ()
+    prompt_scores = _PROMPT_SCORES if sampling.prompt_logprobs is not None else ()
+    flags = ("exclude_input_in_output", *_ALWAYS_ASKED, *scores, *prompt_scores)
     return Request(
         model=model,
         request_id=request_id or uuid.uuid4().hex,
@@ -132,19 +135,14 @@ def decode(message: Any, arrival_s: float) -> Chunk | None:
         return None
     try:
         found = {tensor.name: _values(message, i) for i, tensor in enumerate(message.outputs)}
-        text = b"".join(found["text_output"]).decode(errors="replace")
-        reason = _first(found.get("finish_reason"), b"None").decode()
-        share = _first(found.get("rung_share"), b"")
-        levels = tuple(found.get("morph_level", ()))
+        first, *more = _outputs(found)
         return Chunk(
-            text=text,
-            tokens=int(_first(found.get("num_output_tokens"), len(levels))),
-            levels=levels,
-            rung_share=_rung_share(share) if share else None,
-            finish_reason=None if reason in ("None", "") else reason,
+            **vars(first),
             num_input_tokens=_first(found.get("num_input_tokens"), None),
             arrival_s=arrival_s,
-            logprobs=_logprobs(_first(found.get("logprobs"), b"null")),
+            num_cached_tokens=_first(found.get("num_cached_tokens"), None),
+            prompt_logprobs=_prompt_logprobs(_first(found.get("prompt_logprobs"), b"null")),
+            more=tuple(more),
         )
     except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise ServerError(f"the server's response does not follow the wire contract ({error!r})") from None
@@ -162,7 +160,7 @@ class ResponseReader:
         chunk = decode(response, time.monotonic() - self._sent)
         parameters = response.parameters
         final = "triton_final_response" in parameters and parameters["triton_final_response"].bool_param
-        if final or (chunk is not None and chunk.finish_reason is not None):
+        if final or (chunk is not None and all(output.finish_reason for output in chunk.outputs)):
             self._complete = True
         return chunk
 
@@ -170,6 +168,31 @@ class ResponseReader:
         """Call at the end of the stream. Raises :class:`ServerError` if the last response never came."""
         if not self._complete:
             raise ServerError("the stream ended before its last response: the text may be cut off")
+
+
+def _outputs(found: dict[str, Sequence[Any]]) -> list[OutputChunk]:
+    """The outputs of a response, from its tensors: one entry each, but for the levels, which stand in a row."""
+    texts = found["text_output"]
+    nothing = [None] * len(texts)
+    levels = tuple(found.get("morph_level", ()))
+    counts = [int(count) for count in found.get("num_output_tokens", ())] or [len(levels)]
+    reasons = [(reason or b"").decode() for reason in found.get("finish_reason", nothing)]
+    outputs, at = [], 0
+    for text, count, reason, share, scores in zip(
+        texts, counts, reasons, found.get("rung_share", nothing), found.get("logprobs", nothing), strict=True
+    ):
+        outputs.append(
+            OutputChunk(
+                text=text.decode(errors="replace"),
+                tokens=count,
+                levels=levels[at : at + count],
+                rung_share=_rung_share(share) if share else None,
+                finish_reason=None if reason in ("None", "") else reason,
+                logprobs=_logprobs(scores or b"null"),
+            )
+        )
+        at += count
+    return outputs
 
 
 def _values(message: Any, index: int) -> Sequence[Any]:
@@ -200,12 +223,17 @@ def _first(values: Sequence[Any] | None, default: Any) -> Any:
 
 
 def _logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...], ...]:
+    return tuple(_ranked(at) for at in json.loads(raw) or ())
+
+
+def _prompt_logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
+    return tuple(None if at is None else _ranked(at) for at in json.loads(raw) or ())
+
+
+def _ranked(tokens: dict[str, Any]) -> tuple[TokenLogprob, ...]:
     return tuple(
-        tuple(
-            TokenLogprob(int(token), str(at["decoded_token"]), float(at["logprob"]), int(at["rank"]))
-            for token, at in ranked.items()
-        )
-        for ranked in json.loads(raw) or ()
+        TokenLogprob(int(token), str(at["decoded_token"]), float(at["logprob"]), int(at["rank"]))
+        for token, at in tokens.items()
     )
 
 

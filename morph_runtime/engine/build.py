@@ -4,73 +4,92 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 
 from morph_runtime.config import EngineConfig, resolve_model_folder
 from morph_runtime.engine.core import Engine, EngineParts
-from morph_runtime.engine.environment import PRIMITIVE_CACHE_BYTES, cpu_threads, engine_variables
+from morph_runtime.engine.devices import EngineDevice, RunnerParts
+from morph_runtime.engine.environment import cpu_threads, engine_variables
 from morph_runtime.engine.intake import Intake
-from morph_runtime.engine.opening import open_checkpoint, open_pack
+from morph_runtime.engine.opening import OpenModel, open_checkpoint, open_pack
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.kv_format import FORMATS, KVFormat
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
-from morph_runtime.memory.cpu import CpuPageArena
-from morph_runtime.memory.ledger import GIB, Ledger, auto_extent_bytes, plan_memory
-from morph_runtime.models.decoder import Decoder
+from morph_runtime.memory.ledger import GIB, MIN_CONTEXT, Ledger, plan_memory
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.swapper import LayerSwapper
 from morph_runtime.pack.manifest import is_pack
-from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.scheduler import PrefixCache, Scheduler
 from morph_runtime.structured.compiler import GrammarCompiler
-from morph_runtime.weights.slots import LayerSlots
 from morph_runtime.weights.spec import ModelSpec
 
-MIN_CONTEXT = 64
-"""Tokens of base KV capacity under which serving makes no sense."""
+CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda", "nvidia-ml-py": "pynvml"}
+"""What a GPU needs besides PyTorch: distribution and top-level module."""
+
+Opener = Callable[[EngineConfig, torch.device], OpenModel]
 
 
-def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> Engine:
+def open_model(config: EngineConfig, device: torch.device) -> OpenModel:
+    """The model that the settings name.
+
+    Raises:
+        ConfigError: it cannot be served; the text says why.
+    """
+    folder = resolve_model_folder(config.model.path)
+    return open_pack(config, folder, device) if is_pack(folder) else open_checkpoint(config, folder, device)
+
+
+def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, opener: Opener = open_model) -> Engine:
     """An engine that is ready to step.
 
     Args:
         config: validated settings.
         wake: called from another thread when a layer's bytes are ready.
+        opener: opens the model (benchmarks open one with random weights).
 
     Raises:
-        ConfigError: the model or the budget does not fit; one sentence for the user.
+        ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     for name, value in engine_variables(config).items():
         os.environ.setdefault(name, value)
-    threads = cpu_threads(config)
-    torch.set_num_threads(threads)
+    torch.set_num_threads(cpu_threads(config))
     folder = resolve_model_folder(config.model.path)
-    model = open_pack(config, folder) if is_pack(folder) else open_checkpoint(config, folder)
+    device = open_device(config)
+    model = opener(config, device.torch_device)
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
-    dtype, rungs = slots.dtype, slots.rungs
-    layout = KVLayout(spec.layers, spec.kv_heads, spec.head_dim, config.memory.block_tokens, dtype)
+    block_tokens = config.memory.block_tokens
+    kv_format = FORMATS[config.memory.kv_dtype](slots.dtype)
+    layout = _kv_layout(config, spec, kv_format, device)
 
-    ledger = _cut_budget(config, spec, layout, static.static_bytes, slots)
-    arena = CpuPageArena(ledger.total_extents, ledger.extent_bytes, config.memory.prefault)
+    ledger = _cut_budget(config, model, layout, kv_format, device)
+    max_model_len = _max_model_len(config, spec, ledger.kv_blocks_at_level(0) * block_tokens)
+    arena = device.arena(ledger, config)
     static_range = arena.reserve("static", static.static_bytes)
     arena.map(static_range, 0, static_range.extents)
     static_slot = arena.tensor(static_range, 0, (static.static_bytes,), torch.uint8)
-    static.fill(static_slot)
-    swapper = LayerSwapper(arena, slots, spec.layers, rungs)
+    device.fill_static(model, static_slot)
+    swapper = LayerSwapper(arena, slots, plan.order, slots.rungs, device.filler(config, model), wake)
     swapper.load()
+    bound = replace(ledger, total_extents=ledger.budget_bytes // ledger.extent_bytes)  # as if all were arena
+    cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv)
+    cache.grow(1)
+    runner = device.runner(
+        RunnerParts(config, model, arena, static.bind(static_slot), cache, kv_format, swapper, max_model_len)
+    )
 
+    ledger = device.fit(ledger, arena)
     capacities = tuple(ledger.kv_blocks_at_level(level) for level in range(plan.max_level + 1))
-    max_model_len = _max_model_len(config, spec, capacities[0] * config.memory.block_tokens)
-    cache = KVCache(arena, layout, max_blocks=max(capacities))
-    pool = BlockPool(0)
-    prefix = PrefixCache(config.cache, pool, config.memory.block_tokens)
-    scheduler = Scheduler(config.scheduler, pool, prefix, config.memory.block_tokens, max_model_len, spec.eos_ids)
-    resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks)
+    pool = BlockPool(cache.mapped_blocks)
+    prefix = PrefixCache(config.cache, pool, block_tokens)
+    scheduler = Scheduler(config.scheduler, pool, prefix, block_tokens, max_model_len, spec.eos_ids)
+    resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, device.order)
     resizer.grow()
-    scratch = torch.empty(slots.scratch_bytes, dtype=torch.uint8)
-    decoder = Decoder(spec, static.bind(static_slot), cache, scratch, max_model_len)
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
@@ -78,7 +97,8 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
         EngineParts(
             config=config,
             spec=spec,
-            dtype=dtype,
+            dtype=slots.dtype,
+            kv_format=kv_format,
             ledger=ledger,
             capacities=capacities,
             max_model_len=max_model_len,
@@ -86,52 +106,79 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
             cache=cache,
             pool=pool,
             scheduler=scheduler,
-            decoder=decoder,
             swapper=swapper,
             resizer=resizer,
-            shifter=LevelShifter(plan, swapper, resizer, wake),
+            shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
             controller=Controller(config.morph, plan.max_level),
-            intake=Intake(scheduler, grammars),
-            sampler=Sampler(spec.eos_ids, torch.device(config.device), threads),
+            intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
+            runner=runner,
+            order=device.order,
         )
     )
 
 
+def open_device(config: EngineConfig) -> EngineDevice:
+    """The device that the settings name. What only a GPU needs is imported when one is asked for.
+
+    Raises:
+        ConfigError: it cannot be used; the text says why and what to do.
+    """
+    if config.device == "cpu":
+        from morph_runtime.engine.device_cpu import CpuDevice
+
+        return CpuDevice()
+    missing = [name for name, module in CUDA_PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"device is cuda, but {', '.join(missing)} cannot be imported: install morphserve[cuda], or set "
+            "MORPH_DEVICE=cpu."
+        )
+    from morph_runtime.engine.device_cuda import CudaDevice
+
+    return CudaDevice()
+
+
+def _kv_layout(config: EngineConfig, spec: ModelSpec, kv_format: KVFormat, device: EngineDevice) -> KVLayout:
+    """As many planes to a range as the device likes; with scales beside the elements, which no extent is a multiple
+    of, all planes in one, which keeps the growth quantum small.
+
+    Raises:
+        ConfigError: the device's attention cannot serve `memory.kv_dtype` for this model.
+    """
+    block_tokens = config.memory.block_tokens
+    shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, spec.max_positions)
+    fits, reason = device.serves_kv(shape, kv_format)
+    if not fits:
+        raise ConfigError(
+            f"memory.kv_dtype is {config.memory.kv_dtype}, which attention on {config.device} does not serve: {reason}."
+        )
+    side_bytes = kv_format.side_bytes(block_tokens, spec.kv_heads)
+    planes = KVLayout.divisor(spec.layers, 2 * spec.layers if side_bytes else device.planes_per_range)
+    return KVLayout(spec.layers, spec.kv_heads, spec.head_dim, block_tokens, kv_format.element, side_bytes, planes)
+
+
 def _cut_budget(
-    config: EngineConfig, spec: ModelSpec, layout: KVLayout, static_bytes: int, slots: LayerSlots
+    config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, device: EngineDevice
 ) -> Ledger:
     """The ledger for these settings; raises ConfigError if the budget is too small."""
-    memory = config.memory
+    memory, slots = config.memory, model.slots
     budget = round(memory.budget_gib * GIB)
     slot_bytes: dict[str, int] = {rung: slots.slot_bytes(rung) for rung in slots.rungs}
-    size = budget or static_bytes + layout.num_layers * slot_bytes["full"]
-    extent_bytes = memory.extent_kib * 1024 or auto_extent_bytes(size)
+    size = budget or model.static.static_bytes + layout.num_layers * slot_bytes["full"]
+    extent_bytes = memory.extent_kib * 1024 or device.extent_bytes(size)
     return plan_memory(
         budget_bytes=budget,
         kv_tokens=memory.kv_tokens,
         block_tokens=memory.block_tokens,
         extent_bytes=extent_bytes,
-        static_bytes=static_bytes,
+        static_bytes=model.static.static_bytes,
         slot_bytes=slot_bytes,
         num_layers=layout.num_layers,
         ladder=config.morph.ladder,
         quantum=layout.quantum(extent_bytes),
         min_blocks=-(-max(config.model.max_model_len, MIN_CONTEXT) // memory.block_tokens),
-        workspace_bytes=_workspace_bytes(config, spec, layout, slots, budget),
+        workspace_bytes=device.workspace_bytes(config, model, layout, kv_format, budget),
     )
-
-
-def _workspace_bytes(config: EngineConfig, spec: ModelSpec, layout: KVLayout, slots: LayerSlots, budget: int) -> int:
-    """Upper bound of what a step and a shift allocate outside the arena."""
-    block_tokens = config.memory.block_tokens
-    kv_tokens = budget // layout.block_bytes * block_tokens if budget else config.memory.kv_tokens
-    # No request is longer than base KV capacity, and that is less than a budget of KV blocks alone would hold.
-    longest = config.model.max_model_len or max(MIN_CONTEXT, min(spec.max_positions, kv_tokens + block_tokens))
-    tokens = config.scheduler.max_num_batched_tokens
-    # Logits three times: the scores, their copy that sampling works on, and raw log probabilities.
-    logits = 3 * 4 * config.scheduler.max_num_seqs * spec.vocab
-    step = Decoder.workspace_for(spec, longest, block_tokens, layout.dtype, tokens)
-    return step + logits + slots.scratch_bytes + slots.staging_bytes + PRIMITIVE_CACHE_BYTES
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec, base_tokens: int) -> int:

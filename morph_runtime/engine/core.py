@@ -1,9 +1,14 @@
-"""The engine's heart: `step()` schedules, runs, samples and publishes; between steps layers and KV may change."""
+"""The engine's heart: `step()` schedules, launches, resolves and publishes; between steps layers and KV may change.
+
+With `overlap`, a step is scheduled and launched while the one before it still runs, and that one is resolved after
+it (at most one is in flight when `step` returns). Without, each is resolved at once: the same calls in another order.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 
@@ -19,20 +24,24 @@ from morph_runtime.engine.messages import (
     Submit,
     TokenDelta,
 )
+from morph_runtime.engine.prompt_scores import book_scores, scoring_rows
+from morph_runtime.engine.runner import Launched, StepRunner
+from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
-from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.signals import LoadStatistics
 from morph_runtime.morph.swapper import LayerSwapper
-from morph_runtime.sampling.sampler import Sampled, Sampler
-from morph_runtime.scheduler import Request, Scheduler, StepPlan
+from morph_runtime.scheduler import Request, RequestState, Scheduler, StepPlan
 from morph_runtime.weights.spec import ModelSpec
+
+NEEDS_VALUES = attrgetter("needs_values")
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,7 @@ class EngineParts:
     config: EngineConfig
     spec: ModelSpec
     dtype: torch.dtype
+    kv_format: KVFormat
     ledger: Ledger
     capacities: tuple[int, ...]
     max_model_len: int
@@ -49,13 +59,36 @@ class EngineParts:
     cache: KVCache
     pool: BlockPool
     scheduler: Scheduler
-    decoder: Decoder
     swapper: LayerSwapper
     resizer: KVResizer
     shifter: LevelShifter
     controller: Controller
     intake: Intake
-    sampler: Sampler
+    runner: StepRunner
+    order: DeviceOrder
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step between its launch and its resolution; `sampling` are the requests of its first rows."""
+
+    plan: StepPlan
+    sampling: list[Request]
+    launched: Launched
+    level: int
+    began_s: float
+    needs_values: bool
+    """The step after it cannot be launched before the values that this one samples are known."""
+
+
+@dataclass
+class News:
+    """What the next `StepOutput` tells."""
+
+    tokens: list[TokenDelta] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    resolved: bool = False
+    """A step has been resolved."""
 
 
 class Engine:
@@ -68,7 +101,11 @@ class Engine:
         self._next_decision_s = 0.0
         self._steps = 0
         self._step_seconds = 0.0
-        self._cancelled: list[Finished] = []
+        self._resolved_s = 0.0
+        self._overlaps = parts.config.overlaps
+        self._flight: Flight | None = None
+        self._news = News()
+        parts.shifter.before_change(self.settle)
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -82,17 +119,18 @@ class Engine:
                 sampling=message.sampling,
                 priority=message.priority,
                 arrival_s=message.arrival_s,
-            )
+            ),
+            message.after,
         )
 
     def cancel(self, key: int) -> None:
-        """End a request and free its blocks at once; an unknown key has ended already."""
+        """End a request; its blocks are free at once or after the step in flight. An unknown key has ended already."""
         request = self._parts.intake.cancel(key)
         if request is not None:
             if request.output_len:
                 # Stop strings are matched outside and end requests this way: their lengths count like any other's.
                 self._statistics.finished(request, time.monotonic())
-            self._cancelled.append(Finished(key, "cancelled", "", request.preemptions))
+            self._news.finished.append(Finished(key, "cancelled", "", request.preemptions))
 
     def queue_signal(self, signal: QueueSignal) -> None:
         """What the outer queue shows."""
@@ -114,9 +152,11 @@ class Engine:
 
     @property
     def has_requests(self) -> bool:
-        """Whether any request is running or waiting."""
+        """Whether any request is running or waiting, or what a step sampled is still to be told."""
         scheduler = self._parts.scheduler
-        return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_compiling > 0
+        if self._flight is not None or self._news.resolved:
+            return True
+        return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_held > 0
 
     @property
     def statistics(self) -> LoadStatistics:
@@ -131,7 +171,7 @@ class Engine:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def step(self, decide: bool = True) -> StepOutput | None:
-        """Run one step; None if there was nothing to run or to tell.
+        """Launch one step and resolve one; None if there was nothing to run or to tell.
 
         Args:
             decide: whether the controller may act (scripted level schedules say no).
@@ -141,63 +181,73 @@ class Engine:
         if decide and began >= self._next_decision_s:
             self._decide(began)
         scheduler, intake = self._parts.scheduler, self._parts.intake
-        finished, self._cancelled = self._cancelled + intake.admit(), []
-        level = self.level
-        plan = scheduler.schedule(level)
+        self._news.finished += intake.admit()
+        if self._flight is not None and (self._flight.needs_values or scheduler.must_preempt):
+            self.settle()
+        plan = scheduler.schedule(self.level)
         for request in plan.started:
             request.started_s = began
-        tokens: list[TokenDelta] = []
-        if plan.slices:
-            sampling, sampled = self._run(plan)
-            now = time.monotonic()
-            tokens, ended = self._book(plan, sampling, sampled, level, now)
-            finished += ended
-            self._steps += 1
-            self._step_seconds += now - began
+        launched = self._launch(plan, began) if plan.slices else None
+        self.settle()
+        self._flight = launched
+        if not self._overlaps:
+            self.settle()
         if self._parts.config.check_integrity:
             self.check_integrity()
-        if not (plan.slices or finished):
+        news, self._news = self._news, News()
+        if not (plan.slices or news.resolved or news.finished):
             return None
         return StepOutput(
             started=[r.key for r in plan.started],
             started_cached=[r.cached_tokens for r in plan.started],
-            tokens=tokens,
-            finished=finished,
-            waiting=scheduler.num_waiting + intake.num_compiling,
+            tokens=news.tokens,
+            finished=news.finished,
+            waiting=scheduler.num_waiting + intake.num_held,
             running=scheduler.num_running,
         )
 
-    def _run(self, plan: StepPlan) -> tuple[list[Request], Sampled]:
-        """Forward and sample; the requests whose next token was asked for, and what was chosen, in their order."""
-        batch, sampling = make_batch(plan, self._parts.config.memory.block_tokens)
-        with torch.inference_mode():
-            logits = self._parts.decoder.forward(batch, self._parts.swapper.layers)
-            if not sampling:
-                return [], Sampled([])
-            return sampling, self._parts.sampler.sample(logits, [self._parts.intake.row(r) for r in sampling])
+    def settle(self) -> None:
+        """Wait for the step in flight and book it; what came of it is told by the next `step`."""
+        flight, self._flight = self._flight, None
+        if flight is not None:
+            self._book(flight)
 
-    def _book(
-        self, plan: StepPlan, sampling: list[Request], sampled: Sampled, level: int, now: float
-    ) -> tuple[list[TokenDelta], list[Finished]]:
-        """Give the chosen tokens to their requests; what to tell of them, and the requests that have ended."""
-        scheduler, intake = self._parts.scheduler, self._parts.intake
-        ended: list[Finished] = []
-        for request, detail in intake.failures(sampling):
-            plan.slices = [part for part in plan.slices if part.request is not request]
-            intake.cancel(request.key)
-            ended.append(Finished(request.key, "invalid", detail, request.preemptions))
-        gone = {finished.key for finished in ended}
-        chosen = {r.key: token for r, token in zip(sampling, sampled.tokens, strict=True) if r.key not in gone}
-        for request, reason in scheduler.complete(plan, chosen, level):
+    def _launch(self, plan: StepPlan, began: float) -> Flight:
+        """Begin the step of a plan; its requests move on."""
+        parts = self._parts
+        batch, sampling = make_batch(plan, parts.config.memory.block_tokens)
+        rows = parts.intake.rows(sampling)
+        previous = self._flight.launched if self._flight is not None else None
+        launched = parts.runner.launch(batch, rows + scoring_rows(plan), previous)
+        parts.scheduler.advance(plan)
+        needs_values = any(map(NEEDS_VALUES, rows))
+        return Flight(plan, sampling, launched, self.level, began, needs_values)
+
+    def _book(self, flight: Flight) -> None:
+        """Give the tokens of a step to those of its requests that are still there, and see who has ended."""
+        scheduler, intake, news = self._parts.scheduler, self._parts.intake, self._news
+        sampled = flight.launched.result()
+        now = time.monotonic()
+        if flight.needs_values:
+            for request, detail in intake.failures(flight.sampling):
+                intake.cancel(request.key)
+                news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
+        levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
+        tokens = sampled.tokens[: len(flight.sampling)]
+        book_scores(flight.plan, scores, len(tokens))
+        for row, (request, token) in enumerate(zip(flight.sampling, tokens, strict=True)):
+            if request.state is running:  # else it has ended since the launch
+                own, request.prompt_scores = request.prompt_scores, []
+                score = [scores[row]] if row in scores else []
+                news.tokens.append(TokenDelta(request.key, [token], levels, score, own))
+        for request, reason in scheduler.resolve(flight.plan, tokens, flight.level):
             self._statistics.finished(request, now)
-            ended.append(Finished(request.key, reason, "", request.preemptions))
+            news.finished.append(Finished(request.key, reason, "", request.preemptions))
             intake.forget(request.key)
-        tokens = []
-        for at, request in enumerate(sampling):
-            if request.key in chosen:
-                scores = [sampled.logprobs[at]] if at in sampled.logprobs else []
-                tokens.append(TokenDelta(request.key, [chosen[request.key]], [level], scores))
-        return tokens, ended
+        news.resolved = True
+        self._steps += 1
+        self._step_seconds += now - max(flight.began_s, self._resolved_s)
+        self._resolved_s = now
 
     def _decide(self, now: float) -> None:
         settings, shifter = self._parts.config.morph, self._parts.shifter
@@ -222,6 +272,7 @@ class Engine:
             IntegrityError: they do not.
         """
         self._parts.arena.check_integrity()
+        self._parts.swapper.check_integrity()
         self._parts.pool.check_integrity()
         self._parts.scheduler.check_integrity()
         self._parts.intake.check_integrity()
@@ -240,6 +291,7 @@ class Engine:
             max_model_len=parts.max_model_len,
             max_num_seqs=parts.config.scheduler.max_num_seqs,
             block_tokens=parts.config.memory.block_tokens,
+            kv_dtype=parts.kv_format.name,
             base_blocks=parts.capacities[0],
             level_max=len(parts.capacities) - 1,
             ladder=list(parts.config.morph.ladder),
@@ -252,7 +304,7 @@ class Engine:
         parts = self._parts
         counters = parts.shifter.counters
         by_range = parts.arena.resident_bytes()
-        weights = sum(n for name, n in by_range.items() if name.startswith("layer"))
+        weights = sum(n for name, n in by_range.items() if name.startswith("weights."))
         static = by_range.get("static", 0)
         return EngineStats(
             at_s=time.monotonic(),
@@ -286,7 +338,10 @@ class Engine:
         )
 
     def close(self) -> None:
-        """End background work and release the arena."""
+        """End background work and release the arena; the step in flight is waited for first."""
+        if self._flight is not None:
+            self._flight.launched.result()
         self._parts.intake.close()
+        self._parts.runner.close()
         self._parts.swapper.close()
         self._parts.arena.close()

@@ -29,7 +29,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
 
     Valid by construction only when made by `morph_runtime.text.parameters`; the engine trusts it.
     `stop`, `include_stop_str_in_output`, `skip_special_tokens` and `bad_words` act on text and stay in the
-    serving process, which adds `bad_word_ids`: the token sequences that the engine must not complete.
+    serving process, which adds `bad_word_ids`: the token sequences that the engine must not complete. So does
+    `n`: the serving process makes that many requests of one.
     `score` asks for the log probability of each chosen token even without `logprobs`.
     """
 
@@ -52,8 +53,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     bad_words: tuple[str, ...] = ()
     bad_word_ids: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     score: bool = False
     structured_outputs: StructuredOutputs | None = None
+    n: int = 1
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
@@ -63,7 +66,12 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new request. `key` is unique for the life of the serving process; `priority` 0 is the highest."""
+    """A new request. `key` is unique for the life of the serving process; `priority` 0 is the highest.
+
+    `after` is the key of a request with the same prompt that was submitted earlier. With the prefix cache on, this
+    one does not start before the prompt of that one is in the cache, so that it is computed once; 0, or a request
+    that has ended, holds nothing back.
+    """
 
     key: int
     prompt: list[int]
@@ -71,6 +79,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     priority: int = 0
     arrival_s: float = 0.0
     slo_class: str = ""
+    after: int = 0
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel"):
@@ -109,7 +118,10 @@ ToEngine = Start | Submit | Cancel | QueueSignal | SetMode | Drain
 
 
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
-    """Sent once, when the engine is ready."""
+    """Sent once, when the engine is ready.
+
+    `kv_dtype` is what the KV cache stores: `bfloat16`, `float32`, `fp8` or `int8`.
+    """
 
     model: str
     architecture: str
@@ -121,6 +133,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     max_model_len: int
     max_num_seqs: int
     block_tokens: int
+    kv_dtype: str
     base_blocks: int
     level_max: int
     ladder: list[str]
@@ -149,13 +162,15 @@ LOGPROB_MIN = -9999.0
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request, with the level at which each was computed.
 
-    `logprobs` has one entry per token if the request asked for them, else none.
+    `logprobs` has one entry per token if the request asked for them, else none. `prompt_logprobs` comes with a
+    request's first token if it asked: one entry for each token of its prompt but the first.
     """
 
     key: int
     tokens: list[int]
     levels: list[int]
     logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):

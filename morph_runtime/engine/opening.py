@@ -14,10 +14,13 @@ from morph_runtime.kernels.rung import Rung
 from morph_runtime.morph.levels import LevelPlan, parse_order
 from morph_runtime.pack.reader import PackReader
 from morph_runtime.weights.awq import AwqCheckpoint
+from morph_runtime.weights.packed import PackedBytes
 from morph_runtime.weights.reader import CheckpointReader
 from morph_runtime.weights.slots import LayerSlots
 from morph_runtime.weights.spec import ModelSpec
 from morph_runtime.weights.static import StaticWeights
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,15 @@ class OpenModel:
     slots: LayerSlots
     static: StaticWeights
     plan: LevelPlan
+    reader: CheckpointReader | PackedBytes
+    """Where the weights come from."""
+
+    def host_slots(self) -> LayerSlots:
+        """Full precision as it lies in host memory before it goes to a GPU."""
+        return LayerSlots(self.spec, self.reader, self.slots.dtype, ("full",))
 
 
-def open_checkpoint(config: EngineConfig, folder: Path) -> OpenModel:
+def open_checkpoint(config: EngineConfig, folder: Path, device: torch.device = CPU) -> OpenModel:
     """A Hugging Face checkpoint, and the AWQ checkpoint beside it if one is set.
 
     Raises:
@@ -40,12 +49,13 @@ def open_checkpoint(config: EngineConfig, folder: Path) -> OpenModel:
         raise ConfigError(f"model.pack_source is set, but {folder} is not a pack: unset it (MORPH_PACK_SOURCE).")
     spec, reader = ModelSpec.from_folder(folder), CheckpointReader(folder)
     awq = AwqCheckpoint(config.model.awq_path, spec, reader) if config.model.awq_path else None
-    slots = LayerSlots(spec, reader, dtype_of(config), _rungs(config), forced=forced_kernels(config), awq=awq)
+    slots = LayerSlots(spec, reader, dtype_of(config), _rungs(config), device, forced_kernels(config), awq)
     static = StaticWeights(spec, reader, slots.dtype)
-    return OpenModel(spec, slots, static, LevelPlan(parse_order(config.morph.order, spec.layers), slots.rungs[1:]))
+    plan = LevelPlan(parse_order(config.morph.order, spec.layers), slots.rungs[1:])
+    return OpenModel(spec, slots, static, plan, reader)
 
 
-def open_pack(config: EngineConfig, folder: Path) -> OpenModel:
+def open_pack(config: EngineConfig, folder: Path, device: torch.device = CPU) -> OpenModel:
     """A pack, checked against the settings and this machine.
 
     Raises:
@@ -59,10 +69,17 @@ def open_pack(config: EngineConfig, folder: Path) -> OpenModel:
     pack = PackReader(folder)
     try:
         spec, dtype, rungs = ModelSpec.from_folder(folder), dtype_of(config), _rungs(config)
-        pack.check_settings(dtype, rungs, spec.layers)
-        slots = LayerSlots(spec, pack, dtype, rungs, forced=forced_kernels(config))
+        # A GPU makes its own W8 and W4: it reads but the full precision of a pack.
+        read = rungs if device.type == "cpu" else rungs[:1]
+        if read != rungs and pack.from_awq and "w4" in rungs:
+            raise ConfigError(
+                f"{folder} has the W4 of an AWQ checkpoint in a CPU's layout: on a GPU, set MORPH_MODEL and "
+                "MORPH_AWQ to the two checkpoints themselves."
+            )
+        pack.check_settings(dtype, read, spec.layers)
+        slots = LayerSlots(spec, pack, dtype, rungs, device, forced_kernels(config))
         static = StaticWeights(spec, pack, dtype)
-        pack.check_layouts(slots, static)
+        pack.check_layouts(slots if read == rungs else LayerSlots(spec, pack, dtype, read), static)
         if config.model.pack_source:
             pack.check_source(Path(config.model.pack_source))
         if config.model.verify_pack:
@@ -72,7 +89,7 @@ def open_pack(config: EngineConfig, folder: Path) -> OpenModel:
     except BaseException:
         pack.close()
         raise
-    return OpenModel(spec, slots, static, LevelPlan(order, rungs[1:]))
+    return OpenModel(spec, slots, static, LevelPlan(order, rungs[1:]), pack)
 
 
 def dtype_of(config: EngineConfig) -> torch.dtype:

@@ -9,6 +9,8 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+from morph_runtime.kernels.kv_format import KVFormat
+
 
 class Slice(Protocol):
     """The tokens of one sequence in a step; see models.batch.SequenceSlice."""
@@ -30,10 +32,16 @@ class PagedKV(Protocol):
     """What attention and decoder need of the KV cache; see kv.cache.KVCache."""
 
     def k(self, layer: int) -> Tensor:
-        """Keys [max_blocks, block_tokens, kv_heads, head_dim]; the same memory for life."""
+        """Keys [max_blocks, block_tokens, kv_heads, head_dim], contiguous in a block; the same memory for life."""
 
     def v(self, layer: int) -> Tensor:
         """Values, as `k`."""
+
+    def k_side(self, layer: int) -> Tensor:
+        """What stands beside the keys, uint8 [max_blocks, side_bytes]; asked for only if the format has scales."""
+
+    def v_side(self, layer: int) -> Tensor:
+        """As `k_side`, of the values."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,11 @@ Plan = TypeVar("Plan")
 
 class PagedAttention(ABC, Generic[Plan]):
     """Causal attention of the tokens of a step over their sequences' KV. One thread at a time."""
+
+    @classmethod
+    @abstractmethod
+    def can_implement(cls, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
+        """Whether it serves this shape over a cache of this format; the reason when it does not, else empty."""
 
     @property
     @abstractmethod

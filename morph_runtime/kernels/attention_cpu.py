@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morph_runtime.kernels.attention import AttentionShape, PagedAttention, PagedKV, Slice
+from morph_runtime.kernels.kv_format import SCALE_DTYPE, KVFormat, PlainKV
+from morph_runtime.kernels.planes_cpu import Plane, Slots, Workspace, planes
 
 WASTE = 1.5
 """Decodes are padded to their group's longest context; a group's padded size stays below this times the real one."""
@@ -70,9 +72,10 @@ class PrefillTile:
 class Prefill:
     """Several tokens of one sequence."""
 
+    blocks: Tensor
+    """int64 [ceil(context / block_tokens)]"""
     rows: Tensor
-    """int64 [kv_heads * context]"""
-    context: int
+    """int64 [kv_heads * context]: (block * block_tokens + offset) * kv_heads + head"""
     tiles: tuple[PrefillTile, ...]
 
 
@@ -83,36 +86,55 @@ class CpuPlan:
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[Prefill, ...]
     tokens: int
-    unwritten: Tensor | None
-    """int64 [n]: token slots behind the last token of blocks that this step has opened"""
+    unwritten: Slots | None
+    """Token slots behind the last token of blocks that this step has opened."""
 
 
 class CpuPagedAttention(PagedAttention[CpuPlan]):
-    """Attention on CPU in bfloat16 or float32."""
+    """Attention on CPU in bfloat16 or float32, over a cache of any format."""
 
-    def __init__(self, shape: AttentionShape, kv: PagedKV, layers: int, dtype: torch.dtype) -> None:
-        """Allocate the workspace; the cache's tensors are looked up once."""
-        self._shape = shape
+    def __init__(
+        self, shape: AttentionShape, kv: PagedKV, layers: int, dtype: torch.dtype, kv_format: KVFormat | None = None
+    ) -> None:
+        """Allocate the workspace; the cache's tensors are looked up once.
+
+        Args:
+            shape: heads and limits.
+            kv: the cache; of the format that it has, all planes contiguous if that is the plain one.
+            layers: of the model.
+            dtype: of the activations.
+            kv_format: None: the plain one.
+        """
+        kv_format = kv_format or PlainKV(dtype)
+        self._shape, self._format = shape, kv_format
         self._dtype = dtype
         self._scale = shape.head_dim**-0.5
-        self._k = [kv.k(layer).view(-1, shape.head_dim) for layer in range(layers)]
-        self._v = [kv.v(layer).view(-1, shape.head_dim) for layer in range(layers)]
         self._max_tokens = _workspace_tokens(shape)
-        rows = self._max_tokens * shape.kv_heads
-        self._first = torch.empty(rows, shape.head_dim, dtype=dtype)
-        self._second = torch.empty(rows, shape.head_dim, dtype=dtype)
+        self._workspace = Workspace(shape, self._max_tokens, kv_format)
+        self._planes = [planes(kv, layer, kv_format, shape, self._workspace) for layer in range(layers)]
+        self._slots = Slots.of(torch.empty(0, dtype=torch.int64), shape.block_tokens)
         self._offsets = torch.arange(shape.block_tokens)
         self._head = torch.arange(shape.kv_heads)[:, None]
+
+    @classmethod
+    def can_implement(cls, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
+        """bfloat16 and float32, every format; scales must lie at multiples of 4 bytes."""
+        if kv_format.dtype not in (torch.bfloat16, torch.float32):
+            return False, f"it computes in bfloat16 or float32, not in {kv_format.dtype}"
+        elements = shape.block_tokens * shape.kv_heads * shape.head_dim
+        if kv_format.scaled and elements % SCALE_DTYPE.itemsize:
+            return False, f"a block of {shape.block_tokens} tokens has {elements} numbers, not a multiple of 4"
+        return True, ""
 
     @property
     def workspace_bytes(self) -> int:
         """Room for the gathered K and V of one group or sequence."""
-        return self.workspace_for(self._shape, self._dtype)
+        return self.workspace_for(self._shape, self._format)
 
     @staticmethod
-    def workspace_for(shape: AttentionShape, dtype: torch.dtype) -> int:
+    def workspace_for(shape: AttentionShape, kv_format: KVFormat) -> int:
         """`workspace_bytes` of an instance for this shape, before there is one."""
-        return 2 * _workspace_tokens(shape) * shape.kv_heads * shape.head_dim * dtype.itemsize
+        return Workspace.nbytes(shape, _workspace_tokens(shape), kv_format)
 
     def plan(self, sequences: Sequence[Slice], block_tables: Sequence[Sequence[int]], window: int = 0) -> CpuPlan:
         """Group the decodes by context length, cut the prefills into tiles. Blocks before a window are not gathered."""
@@ -132,15 +154,14 @@ class CpuPagedAttention(PagedAttention[CpuPlan]):
 
     def store(self, k: Tensor, v: Tensor, slots: Tensor, layer: int, plan: CpuPlan) -> None:
         """Write k and v [T, kv_heads, head_dim]; slots int64 [T]. Blocks that the step opens are zero behind them."""
-        heads = (-1, self._shape.kv_heads, self._shape.head_dim)
-        for cache, new in ((self._k[layer].view(heads), k), (self._v[layer].view(heads), v)):
-            cache.index_copy_(0, slots, new)
-            if plan.unwritten is not None:
-                cache.index_fill_(0, plan.unwritten, 0)
+        if self._slots.flat is not slots:  # the same in all layers of a step
+            self._slots = Slots.of(slots, self._shape.block_tokens)
+        for plane, new in zip(self._planes[layer], (k, v), strict=True):
+            plane.write(new, self._slots, plan.unwritten)
 
     def run(self, q: Tensor, layer: int, plan: CpuPlan) -> Tensor:
         """q [T, heads, head_dim] -> [T, heads * head_dim]."""
-        keys, values = self._k[layer], self._v[layer]
+        keys, values = self._planes[layer]
         if len(plan.decodes) == 1 and not plan.prefills and plan.decodes[0].first == 0:
             return self._decode(q, keys, values, plan.decodes[0])
         out = torch.empty(plan.tokens, self._shape.heads * self._shape.head_dim, dtype=self._dtype)
@@ -207,7 +228,7 @@ class CpuPagedAttention(PagedAttention[CpuPlan]):
             members=torch.tensor(starts),
         )
 
-    def _unwritten(self, sequences: Sequence[Slice], block_tables: Sequence[Sequence[int]]) -> Tensor | None:
+    def _unwritten(self, sequences: Sequence[Slice], block_tables: Sequence[Sequence[int]]) -> Slots | None:
         """Token slots of fresh blocks that decodes will gather unwritten: cleared, as they must be finite."""
         size = self._shape.block_tokens
         slots: list[int] = []
@@ -216,7 +237,7 @@ class CpuPagedAttention(PagedAttention[CpuPlan]):
             if used and part.length >= used:
                 first = table[part.context // size] * size
                 slots.extend(range(first + used, first + size))
-        return torch.tensor(slots) if slots else None
+        return Slots.of(torch.tensor(slots), size) if slots else None
 
     def _round_up(self, tokens: int) -> int:
         """The next multiple of a block."""
@@ -224,8 +245,8 @@ class CpuPagedAttention(PagedAttention[CpuPlan]):
 
     def _plan_prefill(self, part: Slice, table: Sequence[int], window: int) -> Prefill:
         shape = self._shape
-        blocks = -(-part.context // shape.block_tokens)
-        slots = (torch.tensor(table[:blocks])[:, None] * shape.block_tokens + self._offsets).view(-1)[: part.context]
+        blocks = torch.tensor(table[: -(-part.context // shape.block_tokens)])
+        slots = (blocks[:, None] * shape.block_tokens + self._offsets).view(-1)[: part.context]
         history = part.context - part.length
         step = max(16, min(128, TILE_SCORES // (shape.heads * part.context)))
         # Row i of the widest tile sees `base + i + 1` keys; a narrower tile's mask is the right end of this one.
@@ -248,43 +269,34 @@ class CpuPagedAttention(PagedAttention[CpuPlan]):
             else:
                 tile = mask[:, -count * shape.group :, part.context - keys :]
             tiles.append(PrefillTile(part.start + first, count, keys, tile))
-        return Prefill((slots * shape.kv_heads + self._head).view(-1), part.context, tuple(tiles))
+        return Prefill(blocks, (slots * shape.kv_heads + self._head).view(-1), tuple(tiles))
 
-    def _decode(self, q: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup) -> Tensor:
+    def _decode(self, q: Tensor, keys: Plane, values: Plane, group: DecodeGroup) -> Tensor:
         """q [B, heads, head_dim] -> [B, heads * head_dim]."""
-        shape = self._shape
+        shape, work = self._shape, self._workspace
         if group.count * group.context <= SDPA_MAX_TOKENS:
-            k, v = self._by_token(keys, group, self._first), self._by_token(values, group, self._second)
+            k = keys.by_token(group.blocks, group.count, work.first)
+            v = values.by_token(group.blocks, group.count, work.second)
             mask = group.mask.view(group.count, shape.kv_heads, 1, -1)
             q = q.reshape(group.count, shape.kv_heads, -1, shape.head_dim)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(group.count, -1)
         q = q.reshape(group.count * shape.kv_heads, shape.group, shape.head_dim)
-        k = self._by_head(keys, group)
-        scores = torch.softmax(torch.baddbmm(group.mask, q, k.transpose(1, 2), alpha=self._scale), -1)
-        return torch.bmm(scores, self._by_head(values, group)).view(group.count, -1)
+        gathered, scales = keys.by_head(group.blocks, group.count)
+        if scales is None:
+            scores = torch.baddbmm(group.mask, q, gathered.transpose(1, 2), alpha=self._scale)
+        else:
+            scores = torch.bmm(q, gathered.transpose(1, 2)).mul_(scales.mul_(self._scale)).add_(group.mask)
+        weights = torch.softmax(scores, -1)
+        gathered, scales = values.by_head(group.blocks, group.count)
+        if scales is not None:
+            weights = weights.mul_(scales)
+        return torch.bmm(weights, gathered).view(group.count, -1)
 
-    def _by_token(self, source: Tensor, group: DecodeGroup, workspace: Tensor) -> Tensor:
-        """The group's blocks; source [rows, head_dim] -> [B, kv_heads, context, head_dim] in order of tokens."""
-        shape = self._shape
-        rows = group.count * group.context * shape.kv_heads
-        gathered, block = workspace[:rows], (-1, shape.block_tokens * shape.kv_heads * shape.head_dim)
-        torch.index_select(source.view(block), 0, group.blocks, out=gathered.view(block))
-        return gathered.view(group.count, group.context, shape.kv_heads, shape.head_dim).transpose(1, 2)
-
-    def _by_head(self, source: Tensor, group: DecodeGroup) -> Tensor:
-        """The group's blocks; source [rows, head_dim] -> [B * kv_heads, context, head_dim], contiguous."""
-        gathered = self._by_token(source, group, self._first)
-        target = self._second[: gathered.shape[0] * gathered.shape[1] * gathered.shape[2]].view(gathered.shape)
-        return target.copy_(gathered).view(-1, group.context, self._shape.head_dim)
-
-    def _prefill(self, q: Tensor, keys: Tensor, values: Tensor, prefill: Prefill, out: Tensor) -> None:
+    def _prefill(self, q: Tensor, keys: Plane, values: Plane, prefill: Prefill, out: Tensor) -> None:
         """Write the rows of one sequence into `out` [T, heads * head_dim]; q [T, heads, head_dim]."""
         shape = self._shape
-        k, v = self._first[: prefill.rows.shape[0]], self._second[: prefill.rows.shape[0]]
-        torch.index_select(keys, 0, prefill.rows, out=k)
-        torch.index_select(values, 0, prefill.rows, out=v)
-        k = k.view(shape.kv_heads, prefill.context, shape.head_dim)
-        v = v.view(shape.kv_heads, prefill.context, shape.head_dim)
+        k = keys.sequence(prefill.blocks, prefill.rows, self._workspace.first)
+        v = values.sequence(prefill.blocks, prefill.rows, self._workspace.second)
         grouped = (-1, shape.kv_heads, shape.group, shape.head_dim)
         for tile in prefill.tiles:
             end = tile.first + tile.count

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from morph_runtime.kernels.activation import Fp8Rows
 from morph_runtime.kernels.rung import Rung
 
 Tensors = Mapping[str, Tensor]
@@ -95,6 +96,14 @@ class LinearKernel(ABC):
         Returns:
             [M, N] of `dtype`, a new tensor.
         """
+
+    def wants_fp8(self, rows: int) -> bool:
+        """Whether `run_fp8` serves x of `rows` rows better than `run`."""
+        return False
+
+    def run_fp8(self, x: Fp8Rows, w: Tensors, scratch: Tensor) -> Tensor:
+        """As `run`, for rows [M, K] that are in FP8 already; only where `wants_fp8` says so."""
+        raise ValueError(f"the kernel {self.name} takes no FP8 rows")
 
     @abstractmethod
     def dequantize(self, w: Tensors) -> Tensor:

@@ -14,6 +14,9 @@ from morph_runtime.kernels.rung import GROUP
 MIDDLE = 8
 """W4 codes are 0..15 and stand for (code - 8) * scale + zero: ATen's convention for its int4 kernels."""
 
+FP8_MAX = 448.0
+"""The largest value of float8_e4m3fn."""
+
 
 def quantize_rows_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Symmetric int8, one scale per row.
@@ -32,6 +35,22 @@ def quantize_rows_int8(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tens
     # Not in place: `values` is the weight itself when that is float32, and it may be serving.
     codes = (values / scales.float()[:, None]).round_().clamp_(-127, 127)
     return codes.to(torch.int8), scales
+
+
+def quantize_rows_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 (e4m3), one scale per row: the largest magnitude of a row becomes 448, the format's largest value.
+
+    Args:
+        weight: [N, K] floating point.
+
+    Returns:
+        codes float8_e4m3fn [N, K], scales float32 [N]; a row of zeros gets scale 1.
+    """
+    values = weight.float()
+    scales = values.abs().amax(1).div_(FP8_MAX)
+    scales = torch.where(scales > 0, scales, 1.0)
+    codes = (values / scales[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return codes, scales
 
 
 def quantize_groups_int4(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

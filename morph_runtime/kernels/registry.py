@@ -14,7 +14,16 @@ from morph_runtime.kernels.linear import LinearKernel, LinearShape
 from morph_runtime.kernels.rung import Rung
 
 KERNELS: Sequence[type[LinearKernel]] = (TorchLinear, AtenInt8Linear, Int8Linear, AtenInt4Linear, NibbleLinear)
-"""All kernels; of one rung, the better comes first."""
+"""All kernels of the CPU; of one rung, the better comes first."""
+
+
+def known(device: torch.device) -> Sequence[type[LinearKernel]]:
+    """The kernels of a kind of device; those of a GPU need Triton's language, so they are imported when asked for."""
+    if device.type != "cuda":
+        return KERNELS
+    from morph_runtime.kernels.cuda.linears import CUDA_KERNELS
+
+    return CUDA_KERNELS
 
 
 def select(rung: Rung, shape: LinearShape, dtype: torch.dtype, device: torch.device, forced: str = "") -> LinearKernel:
@@ -23,7 +32,7 @@ def select(rung: Rung, shape: LinearShape, dtype: torch.dtype, device: torch.dev
     Raises:
         ConfigError: none fits, or `forced` is unknown or does not fit; the text lists every reason.
     """
-    candidates = [kernel for kernel in KERNELS if kernel.rung == rung]
+    candidates = [kernel for kernel in known(device) if kernel.rung == rung]
     if forced:
         names = ", ".join(kernel.name for kernel in candidates)
         candidates = [kernel for kernel in candidates if kernel.name == forced]

@@ -89,6 +89,16 @@ class RopeTable:
             rows[:, 0].copy_(torch.cat((cos, cos), 1))
             rows[:, 1].copy_(torch.cat((-sin, sin), 1))
 
+    def to(self, device: torch.device) -> RopeTable:
+        """Move the table to a device; returns this."""
+        self._table = self._table.to(device)
+        return self
+
+    @property
+    def tensor(self) -> Tensor:
+        """[max_positions, 2, 1, head_dim]: cosines, then signed sines; contiguous."""
+        return self._table
+
     @property
     def nbytes(self) -> int:
         """Size of the table in bytes."""

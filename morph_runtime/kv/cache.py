@@ -11,6 +11,11 @@ from morph_runtime.errors import IntegrityError
 from morph_runtime.kv.layout import KVLayout
 from morph_runtime.memory.arena import ArenaExhausted, PageArena
 
+CHUNK_BYTES = 16 * 2**20
+"""Bytes of one range that a copy or a digest has outside the cache at a time (at least one block)."""
+WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
+"""What blocks are copied as: the widest type that fits."""
+
 
 class KVCache:
     """K and V of every layer. Only blocks below `mapped_blocks` have memory; touching others ends the process.
@@ -22,8 +27,15 @@ class KVCache:
         max_blocks: blocks with addresses, `max_blocks` rounded up to whole quanta.
     """
 
-    def __init__(self, arena: PageArena, layout: KVLayout, max_blocks: int) -> None:
+    def __init__(self, arena: PageArena, layout: KVLayout, max_blocks: int, zeroed: bool = True) -> None:
         """Reserve addresses for `max_blocks` blocks; takes no memory.
+
+        Args:
+            arena: where the memory comes from; the tensors are on its device.
+            layout: the shape.
+            max_blocks: blocks that the cache may grow to.
+            zeroed: `grow` clears what it maps. Attention that reads slots which nothing was written to, and only
+                then weighs them with 0, needs it: NaN times 0 is NaN. Kernels that mask their loads do not.
 
         Raises:
             ValueError: `max_blocks` is not positive, or the arena has a KV cache already.
@@ -35,25 +47,38 @@ class KVCache:
         self.quantum_extents = quantum.extents
         self.mapped_blocks = 0
         self._arena = arena
+        self._zeroed = zeroed
         self._extents_per_range = quantum.extents // layout.num_ranges
         self.max_blocks = -(-max_blocks // quantum.blocks) * quantum.blocks
         nbytes = self.max_blocks * layout.range_block_bytes
-        self._ranges = [
-            arena.reserve(f"kv.{part}{layer}", nbytes) for layer in range(layout.num_layers) for part in "kv"
-        ]
-        shape = (self.max_blocks, *layout.block_shape)
-        self._tensors = [arena.tensor(span, 0, shape, layout.dtype) for span in self._ranges]
+        self._ranges = [arena.reserve(f"kv.{number}", nbytes) for number in range(layout.num_ranges)]
+        shape = (self.max_blocks, layout.planes_per_range, layout.plane_bytes)
+        self._tensors = [arena.tensor(span, 0, shape, torch.uint8) for span in self._ranges]
+        word = next(word for word in WORDS if layout.range_block_bytes % word.itemsize == 0)
+        self._words = [tensor.view(self.max_blocks, -1).view(word) for tensor in self._tensors]
+        self._chunk_blocks = max(1, CHUNK_BYTES // layout.range_block_bytes)
 
     def k(self, layer: int) -> torch.Tensor:
-        """Keys of a layer, [max_blocks, block_tokens, kv_heads, head_dim]; valid for life."""
-        return self._tensors[2 * layer]
+        """Keys of a layer, [max_blocks, block_tokens, kv_heads, head_dim]; valid for life.
+
+        Contiguous within a block; from block to block as well if the range has but this plane and nothing beside it.
+        """
+        return self._elements(2 * layer)
 
     def v(self, layer: int) -> torch.Tensor:
-        """Values of a layer, [max_blocks, block_tokens, kv_heads, head_dim]; valid for life."""
-        return self._tensors[2 * layer + 1]
+        """Values of a layer, as `k`."""
+        return self._elements(2 * layer + 1)
+
+    def k_side(self, layer: int) -> torch.Tensor:
+        """What stands beside the keys of a layer, uint8 [max_blocks, side_bytes]; valid for life."""
+        return self._plane(2 * layer)[:, self.layout.element_bytes :]
+
+    def v_side(self, layer: int) -> torch.Tensor:
+        """What stands beside the values of a layer, as `k_side`."""
+        return self._plane(2 * layer + 1)[:, self.layout.element_bytes :]
 
     def grow(self, quanta: int) -> None:
-        """Map `quanta * quantum_blocks` more blocks, zeroed (a page of weights read as KV may hold NaN).
+        """Map `quanta * quantum_blocks` more blocks.
 
         Raises:
             ArenaExhausted: too few free extents; nothing has changed.
@@ -78,7 +103,8 @@ class KVCache:
                 for grown in self._ranges[:done]:
                     self._arena.unmap(grown, first, count)
                 raise
-            self._tensors[done][before : before + blocks].zero_()
+            if self._zeroed:
+                self._tensors[done][before : before + blocks].zero_()
         self.mapped_blocks += blocks
 
     def shrink(self, quanta: int) -> None:
@@ -99,18 +125,35 @@ class KVCache:
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, target) in every layer. All are mapped; no id is both source and target."""
-        source = torch.tensor([s for s, _ in pairs], dtype=torch.int64)
-        target = torch.tensor([t for _, t in pairs], dtype=torch.int64)
-        for tensor in self._tensors:
-            tensor.index_copy_(0, target, tensor.index_select(0, source))
+        for start in range(0, len(pairs), self._chunk_blocks):
+            part = torch.tensor(pairs[start : start + self._chunk_blocks], device=self._words[0].device)
+            source, target = part.unbind(1)
+            for words in self._words:
+                words.index_copy_(0, target, words.index_select(0, source))
 
     def digest(self, blocks: Sequence[int]) -> bytes:
-        """A hash over the content of these blocks, in this order, in every layer (for checks)."""
-        index = torch.tensor(list(blocks), dtype=torch.int64)
+        """A hash over the content of these blocks, in this order, in every layer (for checks).
+
+        It does not depend on how planes are put into ranges.
+        """
+        index = torch.tensor(list(blocks), dtype=torch.int64, device=self._words[0].device)
         result = hashlib.blake2b(digest_size=16)
-        for tensor in self._tensors:
-            result.update(tensor.index_select(0, index).view(torch.uint8).numpy().tobytes())
+        for number in range(self.layout.num_planes):
+            plane = self._plane(number)
+            for start in range(0, len(blocks), self._chunk_blocks):
+                part = plane.index_select(0, index[start : start + self._chunk_blocks])
+                result.update(part.cpu().numpy().tobytes())
         return result.digest()
+
+    def _plane(self, number: int) -> torch.Tensor:
+        """One plane, uint8 [max_blocks, plane_bytes]."""
+        span, place = divmod(number, self.layout.planes_per_range)
+        return self._tensors[span][:, place]
+
+    def _elements(self, number: int) -> torch.Tensor:
+        """The elements of one plane, [max_blocks, block_tokens, kv_heads, head_dim]."""
+        elements = self._plane(number)[:, : self.layout.element_bytes].view(self.layout.dtype)
+        return elements.view(self.max_blocks, *self.layout.block_shape)
 
     def _mapped_extents(self) -> int:
         return self.mapped_blocks // self.quantum_blocks * self._extents_per_range

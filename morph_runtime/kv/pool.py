@@ -56,6 +56,11 @@ class BlockPool:
         """Blocks that nobody holds and whose content is kept for now."""
         return len(self._cached)
 
+    @property
+    def free_tail(self) -> int:
+        """How many of the highest ids are free: they can be given up without a migration or an eviction."""
+        return self._capacity - 1 - max((*self._references, *self._cached), default=-1)
+
     def holders(self, block: int) -> int:
         """References to a block; 0 unless it is live."""
         return self._references.get(block, 0)
@@ -143,6 +148,10 @@ class BlockPool:
         for block in range(self._capacity, capacity):
             heapq.heappush(self._free, block)
         self._capacity = self._mapped = capacity
+
+    def is_live_from(self, block: int) -> bool:
+        """Whether any id from this one on is live, and would have to move if the capacity were lowered to it."""
+        return any(live >= block for live in self._references)
 
     def reserve_below(self, capacity: int) -> None:
         """Begin a shrink: cached blocks at or above `capacity` are evicted, and no such id is given out any more.

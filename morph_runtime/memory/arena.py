@@ -117,6 +117,11 @@ class PageArena(ABC):
         span.physical[first : first + count] = [UNMAPPED] * count
         self._free.give(pieces)
 
+    def _add_extents(self, count: int) -> None:
+        """Enter `count` new extents, whose memory is there, as free."""
+        self._free.give(list(range(self.total_extents, self.total_extents + count)))
+        self.total_extents += count
+
     def resident_bytes(self) -> dict[str, int]:
         """Mapped bytes by range name."""
         return {name: span.mapped * self.extent_bytes for name, span in self._ranges.items()}

@@ -1,7 +1,12 @@
 """The ledger: who gets how much of the memory budget, at every level.
 
+The layers' slots of one rung lie side by side in one range, in the order in which layers change. So the
+slots in use are always an interval, and what rounding to extents wastes is one extent per rung, not one per layer.
+With slots smaller than that, a level may need more extents than the one before it; as the KV cache never shrinks
+on the way down, each level then leaves room for what the deeper ones need.
+
 A down-shift maps the quantized slot before it gives the full-precision slot back, and it must work
-with every KV block live. So one quantized slot (the largest of the ladder) is kept free: staging.
+with every KV block live. So what one such slot needs at most is kept free: staging.
 What the rounding to growth quanta leaves over, less than one quantum, is the only memory that idles.
 """
 
@@ -9,13 +14,18 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from morph_runtime.errors import ConfigError
 
 MIN_EXTENT_BYTES = max(16 * 1024, mmap.PAGESIZE)
 MAX_EXTENT_BYTES = 2 * 1024 * 1024
+SLOT_ALIGNMENT = 256
+"""Bytes: where a slot may begin. Vector loads and tensor cores want 128 at most."""
 MAX_EXTENTS = 8192
+MIN_CONTEXT = 64
+"""Tokens of base KV capacity under which serving makes no sense."""
 GIB = 2**30
 
 
@@ -27,6 +37,19 @@ class KVQuantum:
     extents: int
 
 
+def slot_stride(slot_bytes: int) -> int:
+    """Bytes from one slot of a rung to the next."""
+    return -(-slot_bytes // SLOT_ALIGNMENT) * SLOT_ALIGNMENT
+
+
+def slot_pieces(slot_bytes: int, extent_bytes: int, first: int, last: int) -> range:
+    """The pieces of a rung's range that hold any byte of the slots `first` .. `last` - 1."""
+    stride = slot_stride(slot_bytes)
+    if last <= first:
+        return range(0)
+    return range(first * stride // extent_bytes, -(-last * stride // extent_bytes))
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The cut of the budget, in extents."""
@@ -34,7 +57,8 @@ class Ledger:
     extent_bytes: int
     total_extents: int
     static_extents: int
-    slot_extents: Mapping[str, int]
+    slot_bytes: Mapping[str, int]
+    """One layer, by rung."""
     ladder: Sequence[str]
     num_layers: int
     quantum: KVQuantum
@@ -51,10 +75,14 @@ class Ledger:
         """Bytes of arena and workspace: what the engine takes beyond the bare process."""
         return self.arena_bytes + self.workspace_bytes
 
-    @property
+    @cached_property
     def staging_extents(self) -> int:
         """Kept free for the next down-shift."""
-        return max(self.slot_extents[rung] for rung in self.ladder)
+        return max(
+            len(self._pieces(rung, 0, place + 1)) - len(self._pieces(rung, 0, place))
+            for rung in self.ladder
+            for place in range(self.num_layers)
+        )
 
     @property
     def max_level(self) -> int:
@@ -65,12 +93,28 @@ class Ledger:
         """Extents of all decoder layers at a level."""
         done, partial = divmod(level, self.num_layers)
         rungs = ["full", *self.ladder]
-        shallow = (self.num_layers - partial) * self.slot_extents[rungs[done]]
-        return shallow + (partial * self.slot_extents[rungs[done + 1]] if partial else 0)
+        shallow = len(self._pieces(rungs[done], partial, self.num_layers))
+        return shallow + (len(self._pieces(rungs[done + 1], 0, partial)) if partial else 0)
+
+    @cached_property
+    def _peaks(self) -> Sequence[int]:
+        """By level: the most extents that the layers have at it or at any deeper one."""
+        peaks = [self.weight_extents(level) for level in range(self.max_level + 1)]
+        for level in range(self.max_level - 1, -1, -1):
+            peaks[level] = max(peaks[level], peaks[level + 1])
+        return peaks
+
+    @property
+    def fixed_extents(self) -> int:
+        """What the KV cache cannot have at level 0: static weights, layers, staging."""
+        return self.static_extents + self._peaks[0] + self.staging_extents
+
+    def _pieces(self, rung: str, first: int, last: int) -> range:
+        return slot_pieces(self.slot_bytes[rung], self.extent_bytes, first, last)
 
     def kv_blocks_at_level(self, level: int) -> int:
         """KV blocks that a level leaves room for."""
-        spare = self.total_extents - self.static_extents - self.weight_extents(level) - self.staging_extents
+        spare = self.total_extents - self.static_extents - self._peaks[level] - self.staging_extents
         return max(0, spare) // self.quantum.extents * self.quantum.blocks
 
     def describe(self) -> dict[str, int]:
@@ -128,8 +172,9 @@ def plan_memory(
     def extents(nbytes: int) -> int:
         return -(-nbytes // extent_bytes)
 
-    slots = {rung: extents(slot_bytes[rung]) for rung in ("full", *ladder)}
-    fixed = extents(static_bytes) + num_layers * slots["full"] + max(slots[rung] for rung in ladder)
+    slots = {rung: slot_bytes[rung] for rung in ("full", *ladder)}
+    bare = Ledger(extent_bytes, 0, extents(static_bytes), slots, tuple(ladder), num_layers, quantum, workspace_bytes)
+    fixed = bare.fixed_extents
 
     def with_blocks(blocks: int) -> int:
         return fixed + -(-blocks // quantum.blocks) * quantum.extents
@@ -151,6 +196,4 @@ def plan_memory(
             f"weights {fixed * extent_bytes / GIB:.4f} GiB (one layer's shift staging included), workspace "
             f"{workspace_bytes / GIB:.4f} GiB and {min_blocks} KV blocks."
         )
-    return Ledger(
-        extent_bytes, total, extents(static_bytes), slots, tuple(ladder), num_layers, quantum, workspace_bytes
-    )
+    return replace(bare, total_extents=total)

@@ -11,6 +11,7 @@ from torch import Tensor
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape, PagedKV
 from morph_runtime.kernels.attention_cpu import CpuPagedAttention
+from morph_runtime.kernels.kv_format import KVFormat, PlainKV
 from morph_runtime.kernels.pointwise import head_norm, rms_norm, swiglu
 from morph_runtime.kernels.rope import RopeTable
 from morph_runtime.models.batch import StepBatch
@@ -23,7 +24,13 @@ class Decoder:
     """Runs steps. Knows nothing of morphing: any mix of rungs will do. One thread at a time."""
 
     def __init__(
-        self, spec: ModelSpec, static: StaticTensors, kv: PagedKV, scratch: Tensor, max_model_len: int = 0
+        self,
+        spec: ModelSpec,
+        static: StaticTensors,
+        kv: PagedKV,
+        scratch: Tensor,
+        max_model_len: int = 0,
+        kv_format: KVFormat | None = None,
     ) -> None:
         """Look up what stays the same for life.
 
@@ -33,6 +40,7 @@ class Decoder:
             kv: the cache; its tensors are looked up once.
             scratch: uint8 [>= LayerSlots.scratch_bytes], aligned to 64 bytes, overwritten by every forward.
             max_model_len: tokens of the longest request; 0: the model's own limit.
+            kv_format: how `kv` stores numbers; None: in the type of the activations.
 
         Raises:
             ConfigError: `max_model_len` is beyond the model's limit, or the cache has another shape or type.
@@ -41,14 +49,15 @@ class Decoder:
         if limit > spec.max_positions:
             raise ConfigError(f"model.max_model_len is {limit}, but the model is made for {spec.max_positions} tokens.")
         dtype, keys = static.embedding.dtype, kv.k(0)
-        if tuple(keys.shape[2:]) != (spec.kv_heads, spec.head_dim) or keys.dtype != dtype:
+        kv_format = kv_format or PlainKV(dtype)
+        if tuple(keys.shape[2:]) != (spec.kv_heads, spec.head_dim) or keys.dtype != kv_format.element:
             raise ConfigError(
                 f"The KV cache holds {tuple(keys.shape[2:])} of {keys.dtype} per token, "
-                f"but the model needs {(spec.kv_heads, spec.head_dim)} of {dtype}."
+                f"but the model needs {(spec.kv_heads, spec.head_dim)} of {kv_format.element}."
             )
         self._spec, self._static, self._scratch = spec, static, scratch
         shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, keys.shape[1], limit)
-        self._attention = CpuPagedAttention(shape, kv, spec.layers, dtype)
+        self._attention = CpuPagedAttention(shape, kv, spec.layers, dtype, kv_format)
         self._windows = set(spec.windows)
         self._rope = RopeTable(spec.rope, spec.head_dim, limit, dtype)
 
@@ -58,13 +67,14 @@ class Decoder:
         return self._attention.workspace_bytes + self._rope.nbytes
 
     @staticmethod
-    def workspace_for(spec: ModelSpec, max_model_len: int, block_tokens: int, dtype: torch.dtype, tokens: int) -> int:
+    def workspace_for(spec: ModelSpec, max_model_len: int, block_tokens: int, kv_format: KVFormat, tokens: int) -> int:
         """Upper bound of `workspace_bytes` and of the activations of a step of `tokens` tokens, in bytes."""
         shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, max_model_len)
-        table = max_model_len * 2 * spec.head_dim * dtype.itemsize
+        itemsize = kv_format.dtype.itemsize
+        table = max_model_len * 2 * spec.head_dim * itemsize
         # The widest moment of a layer: residual, norm, qkv or the MLP's inner values, and their product.
         width = 2 * spec.hidden + max(3 * spec.ffn, 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim)
-        return CpuPagedAttention.workspace_for(shape, dtype) + table + tokens * width * dtype.itemsize
+        return CpuPagedAttention.workspace_for(shape, kv_format) + table + tokens * width * itemsize
 
     def forward(self, batch: StepBatch, layers: Sequence[LayerWeights]) -> Tensor:
         """Run one step: writes the K and V of its tokens, returns logits.

@@ -1,8 +1,9 @@
 """The KV resizer: pages that weights gave up become KV blocks, and go back without losing a live block.
 
 Growing publishes capacity last; shrinking lowers it first, moves live blocks out of the tail (copy,
-then patch the block tables), and only then gives pages back. Block ids and addresses below the
-tail never change, so attention kernels see one growing tensor (DESIGN: page arena).
+then patch the block tables), and gives pages back only when the device has done both the copy and the
+steps that read the old blocks. Block ids and addresses below the tail never change, so attention
+kernels see one growing tensor (DESIGN: page arena).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Callable, Mapping
 
 from morph_runtime.kv import BlockPool, KVCache
 from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import DeviceOrder, Fence
 
 
 class KVResizer:
@@ -23,36 +25,58 @@ class KVResizer:
         pool: BlockPool,
         staging_extents: int,
         remap: Callable[[Mapping[int, int]], None],
+        order: DeviceOrder,
     ) -> None:
         self._arena = arena
         self._cache = cache
         self._pool = pool
         self._staging = staging_extents
         self._remap = remap
+        self._order = order
+        self._shrinking: tuple[int, Fence] | None = None
+        self.has_lent = False
+        """Free blocks have been lent to changes and not been taken back."""
         self.blocks_migrated = 0
 
-    def grow(self) -> int:
-        """Turn all spare extents into KV blocks; returns the blocks gained."""
-        quanta = max(0, self._arena.free_extents - self._staging) // self._cache.quantum_extents
+    @property
+    def free_extents(self) -> int:
+        """Extents that nothing uses, the staging area among them."""
+        return self._arena.free_extents
+
+    @property
+    def is_settled(self) -> bool:
+        """No shrink is under way."""
+        return self._shrinking is None
+
+    def grow(self, keep: int = 0) -> int:
+        """Turn spare extents into KV blocks; returns the blocks gained.
+
+        Args:
+            keep: extents to leave free besides the staging area, for changes that follow at once.
+
+        Raises:
+            OSError: the system refused a mapping; nothing has changed.
+        """
+        quanta = max(0, self._arena.free_extents - self._staging - keep) // self._cache.quantum_extents
         if quanta:
             self._cache.grow(quanta)
             self._pool.grow(self._cache.mapped_blocks)
+        self.has_lent = False
         return quanta * self._cache.quantum_blocks
 
-    def make_room(self, target_extents: int, source_extents: int) -> int:
-        """Free what an up-shift needs: the target's slot now, and a full staging area once the source is gone.
+    def must_move(self, blocks: int) -> bool:
+        """Whether `lower` to so many blocks would move any."""
+        return self._pool.is_live_from(blocks)
 
-        Returns:
-            the blocks given up.
+    def lower(self, blocks: int) -> None:
+        """Give up all blocks from `blocks`, whole quanta, on; their pages come back with `finish`.
 
         Raises:
             CannotShrink: more blocks are live than would remain; nothing has changed.
         """
-        needed = max(target_extents, self._staging + target_extents - source_extents)
-        missing = needed - self._arena.free_extents
-        if missing <= 0:
-            return 0
-        quanta = -(-missing // self._cache.quantum_extents)
+        quanta = (self._cache.mapped_blocks - blocks) // self._cache.quantum_blocks
+        if quanta <= 0:
+            return
         self._pool.reserve_below(self._cache.mapped_blocks - quanta * self._cache.quantum_blocks)
         pairs = self._pool.plan_migration()
         if pairs:
@@ -60,5 +84,32 @@ class KVResizer:
             self._remap(dict(pairs))
             self.blocks_migrated += len(pairs)
         self._pool.commit_migration(pairs)
+        self._shrinking = quanta, self._order.fence()
+
+    def lend(self, extents: int) -> None:
+        """Give up free blocks of the tail at once, for so many extents if they suffice; `grow` takes them back.
+
+        At most half of the free tail, so that what runs can go on growing. Nothing moves, nothing is evicted.
+        """
+        if self._shrinking is not None or extents <= 0:
+            return
+        blocks, cost = self._cache.quantum_blocks, self._cache.quantum_extents
+        quanta = min(-(-extents // cost), self._pool.free_tail // 2 // blocks)
+        if quanta:
+            self._pool.reserve_below(self._cache.mapped_blocks - quanta * blocks)
+            self._pool.commit_migration(self._pool.plan_migration())
+            self._cache.shrink(quanta)
+            self.has_lent = True
+
+    def finish(self, wait: bool = False) -> bool:
+        """Give back the pages of a shrink once nothing reads them; True if none is under way any more."""
+        if self._shrinking is None:
+            return True
+        quanta, fence = self._shrinking
+        if wait:
+            fence.wait()
+        if not fence.done():
+            return False
         self._cache.shrink(quanta)
-        return quanta * self._cache.quantum_blocks
+        self._shrinking = None
+        return True

@@ -1,15 +1,21 @@
-"""The shifter walks from the present level to the target, one layer at a time, at step boundaries."""
+"""The shifter walks from the present level to the target, layer by layer, at step boundaries.
+
+As many changes are under way at the same time as the filler takes on and free extents allow. On the
+way down free KV blocks are lent for that, and the pages that a layer gives up serve as room for the next changes
+first and become KV blocks when they are no longer needed, so a walk of many layers gains speed as it goes.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from morph_runtime.errors import ConfigError
 from morph_runtime.kv import CannotShrink
+from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.morph.levels import LevelPlan
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.swapper import LayerSwapper
@@ -38,105 +44,169 @@ class LevelShifter:
         plan: LevelPlan,
         swapper: LayerSwapper,
         resizer: KVResizer,
-        wake: Callable[[], None],
+        capacities: Sequence[int],
+        order: DeviceOrder,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`wake` is called from another thread when a background fill is done, so that an idle loop polls again."""
+        """`capacities`: KV blocks at each level, as the ledger gives them."""
         self._plan = plan
         self._swapper = swapper
         self._resizer = resizer
-        self._wake = wake
+        self._capacities = capacities
+        self._order = order
         self._clock = clock
-        self._job: Future[None] | None = None
+        self._before_change: Callable[[], None] = lambda: None
         self._direction = 0
-        self._began_s = 0.0
+        self._begun = 0
+        """The level once all changes under way have flipped."""
+        self._room = 0
+        """The mildest level for which KV blocks have been given up, on the way up."""
+        self._began_s: deque[float] = deque()
         self._hold_s = 0.0
         self._hold_until_s = 0.0
         self.level = 0
         self.target = 0
         self.counters = ShiftCounters()
 
+    def before_change(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called before KV blocks move and, unless the device puts a change behind the step that runs,
+        before a layer flips. It returns when no step runs.
+        """
+        self._before_change = callback
+
     @property
     def busy(self) -> bool:
-        """A layer is changing."""
-        return self._job is not None
+        """A layer is changing, or pages are on their way."""
+        return not (self._swapper.is_settled and self._resizer.is_settled)
 
     def poll(self) -> bool:
-        """Finish a shift whose bytes are ready and begin the next one; True if the level has changed."""
-        changed = self._job is not None and self._job.done()
-        if changed:
-            self._commit()
-        if self._job is None and self.level != self.target:
-            if self._clock() < self._hold_until_s:
-                self.target = self.level
-            else:
-                self._begin()
-        return changed
+        """Flip layers whose bytes are ready, move pages that nothing reads, begin what can begin; True if the level
+        has changed."""
+        before = self.level
+        self._flip()
+        released = self._swapper.release()
+        if self._begun != self.target:
+            self._advance()
+        self._flip()  # a filling that steps can simply be put behind is ready at once
+        if released or self._room < self._begun or (self._resizer.has_lent and self._begun == self.target):
+            self._regrow()
+        return self.level != before
 
     def settle(self) -> None:
         """Block until the target is reached (start-up, tests, scripted schedules)."""
         self._hold_until_s = 0.0
-        while self.level != self.target or self._job is not None:
+        while True:
             self.poll()
-            if self._job is not None:
-                self._job.exception()
-
-    def _begin(self) -> None:
-        self._direction = 1 if self.target > self.level else -1
-        change = self._plan.transition(self.level, self._direction)
-        self._began_s = self._clock()
-        if not change.is_down:
-            try:
-                extents = self._swapper.slot_extents
-                self._resizer.make_room(extents(change.target), extents(change.source))
-            except CannotShrink as reason:
-                # Live KV came back since the decision: stay, the controller will ask again.
-                logging.getLogger(__name__).info("up-shift refused: %s", reason)
-                self.target = self.level
-                self.counters.refused += 1
+            if self.level == self.target and not self.busy:
+                self._regrow()
                 return
-        try:
-            self._job = self._swapper.begin(change)
-        except OSError as reason:
-            self._give_up(reason)
+            self._swapper.wait()
+            self._swapper.release(wait=True)
+            self._resizer.finish(wait=True)
+
+    def _advance(self) -> None:
+        """Begin changes towards the target."""
+        direction = (self.target > self._begun) - (self.target < self._begun)
+        if self._swapper.num_pending and direction != self._direction:
+            return  # what is under way comes first
+        if direction and self._clock() < self._hold_until_s:
+            self.target = self._begun
             return
-        self._job.add_done_callback(lambda _: self._wake())
+        self._direction = direction
+        if direction < 0 and not self._make_room():
+            return
+        if direction > 0:
+            free = self._resizer.free_extents
+            self._resizer.lend(self._extents_ahead(self._begun, self._swapper.depth - self._swapper.num_pending) - free)
+        while self._begun != self.target:
+            change = self._plan.transition(self._begun, direction)
+            if (direction < 0 and self._begun == self._room) or not self._swapper.can_begin(change):
+                return
+            began = self._clock()
+            try:
+                self._swapper.begin(change)
+            except OSError as reason:
+                self._give_up(reason)
+                return
+            self._began_s.append(began)
+            self._begun += direction
+
+    def _extents_ahead(self, level: int, count: int) -> int:
+        """Extents that the next changes on the way down need, `count` of them at most, from `level` on."""
+        ahead = range(level, min(self.target, level + count))
+        return sum(self._swapper.extents_for(self._plan.transition(at, 1)) for at in ahead)
+
+    def _make_room(self) -> bool:
+        """Give up the KV blocks that the next changes on the way up displace; True once their pages are free."""
+        if not self._resizer.finish():
+            return False
+        if self._room >= self._begun:
+            # The whole bundle at once if live KV allows, else one layer.
+            for goal in (max(self.target, self._begun - self._swapper.depth), self._begun - 1):
+                if self._resizer.must_move(self._capacities[goal]):
+                    self._before_change()
+                try:
+                    self._resizer.lower(self._capacities[goal])
+                except CannotShrink as reason:
+                    refusal = reason
+                    continue
+                self._room = goal
+                break
+            else:
+                # Live KV came back since the decision: stay, the controller will ask again.
+                logging.getLogger(__name__).info("up-shift refused: %s", refusal)
+                self.target = self._begun
+                self.counters.refused += 1
+                return False
+        return self._resizer.finish()
+
+    def _flip(self) -> None:
+        """Flip every layer that is filled, in the order in which they began."""
+        while self._swapper.is_ready:
+            if not self._order.queues:
+                self._before_change()
+            try:
+                change = self._swapper.commit(self._order.fence)
+            except (ConfigError, OSError) as reason:
+                self._give_up(reason)
+                return
+            self._hold_s = 0.0
+            self.level += self._direction
+            seconds = self._clock() - self._began_s.popleft()
+            counters = self.counters
+            counters.by_rung[change.target] = counters.by_rung.get(change.target, 0) + 1
+            if change.is_down:
+                counters.down += 1
+                counters.down_seconds += seconds
+            else:
+                counters.up += 1
+                counters.up_seconds += seconds
 
     def _give_up(self, reason: Exception) -> None:
-        """A shift has failed: the layer serves on as it is, the pages become KV again, and the next try waits."""
+        """A shift has failed: the layers serve on as they are, the pages become KV again, and the next try waits."""
         self._hold_s = min(max(FIRST_HOLD_S, 2 * self._hold_s), LONGEST_HOLD_S)
         self._hold_until_s = self._clock() + self._hold_s
         logging.getLogger(__name__).error(
             "a layer could not change its precision, next try in %g s: %s", self._hold_s, reason
         )
-        self.target = self.level
+        if not self._swapper.num_pending:
+            self._began_s.clear()
+            self._begun = self.level
+        self.target = self._begun
         self.counters.refused += 1
         self._regrow()
 
     def _regrow(self) -> None:
         """Turn spare pages into KV blocks; if the system refuses, they stay spare until the next change."""
+        if self._direction < 0 and (self._swapper.num_pending or self._begun != self.target):
+            return  # the pages are for the layers that go up
+        if not self._resizer.finish():
+            return
+        keep = 0
+        if self.target > self._begun:
+            keep = self._extents_ahead(self._begun + 1, self._swapper.depth - 1)
         try:
-            self._resizer.grow()
+            self._resizer.grow(keep)
         except OSError as reason:
             logging.getLogger(__name__).error("the KV cache could not grow: %s", reason)
-
-    def _commit(self) -> None:
-        self._job = None
-        try:
-            change = self._swapper.commit()
-        except (ConfigError, OSError) as reason:
-            self._give_up(reason)
-            return
-        self._hold_s = 0.0
-        self.level += self._direction
-        # Also after an up-shift: what rounding to quanta freed too much goes back to the KV cache.
-        self._regrow()
-        seconds = self._clock() - self._began_s
-        counters = self.counters
-        counters.by_rung[change.target] = counters.by_rung.get(change.target, 0) + 1
-        if change.is_down:
-            counters.down += 1
-            counters.down_seconds += seconds
-        else:
-            counters.up += 1
-            counters.up_seconds += seconds
+        self._room = self._begun

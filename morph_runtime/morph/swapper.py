@@ -1,42 +1,71 @@
-"""The layer swapper: one decoder layer at a time changes its rung while the others go on serving.
+"""The layer swapper: decoder layers change their rung while all of them go on serving.
 
-Every layer owns a reserved address range per rung. A change maps the target's range, fills it in
-the background (MorphServe section 4.3 copies it from pinned host memory; here it is quantized from
-the weights that are already there, or read from the checkpoint), flips the dispatch at a step
-boundary and gives the source's pages back.
+Every rung owns one reserved address range with a slot for each layer, in the order in which layers
+change. A change maps the target's slot, has it filled in the background (MorphServe section 4.3 copies it from
+pinned host memory; here it is quantized from the weights that are already there, or read from the
+checkpoint), flips the dispatch at a step boundary, and gives the source's pages back once the last step
+that read them is over. Several changes may be under way; they flip in the order in which they began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
 from morph_runtime.errors import IntegrityError
 from morph_runtime.kernels.rung import Rung
-from morph_runtime.memory.arena import PageArena, VirtualRange
+from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.fence import Fence
+from morph_runtime.morph.filling import Filling, LayerFiller
 from morph_runtime.morph.levels import Transition
+from morph_runtime.morph.slotrange import SlotRange
 from morph_runtime.weights.bound import LayerWeights
 from morph_runtime.weights.slots import LayerSlots
+
+
+@dataclass(frozen=True)
+class Change:
+    """A transition under way, and its filling."""
+
+    transition: Transition
+    filling: Filling
 
 
 class LayerSwapper:
     """Owns the slots of all decoder layers and what is bound to them."""
 
-    def __init__(self, arena: PageArena, slots: LayerSlots, num_layers: int, rungs: Sequence[Rung]) -> None:
-        """Reserve addresses for every layer at every rung of `rungs`; no memory is taken yet."""
-        self._arena = arena
-        self._slots = slots
-        self._ranges: dict[tuple[int, Rung], VirtualRange] = {
-            (layer, rung): arena.reserve(f"layer{layer}.{rung}", slots.slot_bytes(rung))
-            for layer in range(num_layers)
-            for rung in rungs
+    def __init__(
+        self,
+        arena: PageArena,
+        slots: LayerSlots,
+        order: Sequence[int],
+        rungs: Sequence[Rung],
+        filler: LayerFiller,
+        wake: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Reserve addresses for every layer at every rung of `rungs`; no memory is taken yet.
+
+        Args:
+            arena: where they lie.
+            slots: how a layer lies in its slot.
+            order: all layers in the order in which they change.
+            rungs: full precision and those of the ladder.
+            filler: fills slots in the background.
+            wake: called from another thread when a filling is done.
+        """
+        self._arena, self._slots, self._filler, self._wake = arena, slots, filler, wake
+        self._place = {layer: place for place, layer in enumerate(order)}
+        self._ranges: dict[Rung, SlotRange] = {
+            rung: SlotRange(arena, f"weights.{rung}", slots.slot_bytes(rung), len(order)) for rung in rungs
         }
-        self._rungs: list[Rung] = ["full"] * num_layers
+        self._rungs: list[Rung] = ["full"] * len(order)
         self._layers: list[LayerWeights] = []
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="layer-fill")
-        self._pending: tuple[Transition, Future[None]] | None = None
+        self._pending: deque[Change] = deque()
+        self._retired: deque[tuple[Transition, Fence]] = deque()
 
     @property
     def layers(self) -> Sequence[LayerWeights]:
@@ -48,71 +77,159 @@ class LayerSwapper:
         """The rung of each layer."""
         return tuple(self._rungs)
 
-    def slot_extents(self, rung: Rung) -> int:
-        """Physical extents of one layer at a rung."""
-        return self._ranges[0, rung].extents
+    @property
+    def num_pending(self) -> int:
+        """Changes that have begun and not flipped."""
+        return len(self._pending)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another change may begin."""
+        return len(self._pending) < self._filler.depth
+
+    @property
+    def depth(self) -> int:
+        """Changes that may be under way at the same time."""
+        return self._filler.depth
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing is changing, and every page that was given up has come back."""
+        return not self._pending and not self._retired
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `commit` may be called: the oldest change is filled."""
+        return bool(self._pending) and self._pending[0].filling.done()
+
+    def extents_for(self, change: Transition) -> int:
+        """Free extents that `begin` needs for this change."""
+        return self._ranges[change.target].missing(self._place[change.layer])
+
+    def can_begin(self, change: Transition) -> bool:
+        """Whether there is room for this change now; if nothing is under way, one must fit."""
+        if not self.has_room or any(c.transition.layer == change.layer for c in self._pending):
+            return False  # down two rungs in one walk: the first must have flipped
+        if self._ranges[change.target].is_mapped(self._place[change.layer]):
+            return False
+        return self.is_settled or self.extents_for(change) <= self._arena.free_extents
 
     def load(self) -> None:
         """Map and fill every layer at full precision (at start)."""
         for layer in range(len(self._rungs)):
             slot = self._map(layer, "full")
-            self._slots.fill(layer, "full", slot, None)
+            filling = self._filler.start(layer, "full", slot, None, lambda: None)
+            filling.wait()
+            filling.finish()
             self._layers.append(self._slots.bind(layer, "full", slot))
 
-    def begin(self, change: Transition) -> Future[None]:
+    def bind(self, layer: int, rung: Rung) -> LayerWeights:
+        """Views of a layer's slot at a rung, whether it has memory or not; they stay valid."""
+        return self._slots.bind(layer, rung, self._slot(layer, rung))
+
+    @contextmanager
+    def borrow(self, layer: int, rung: Rung) -> Iterator[LayerWeights]:
+        """A layer at a rung for a while, filled; nothing may be changing, and staging must be free."""
+        if rung == self._rungs[layer]:
+            yield self._layers[layer]
+            return
+        slot = self._map(layer, rung)
+        try:
+            filling = self._filler.start(layer, rung, slot, self._layers[layer], lambda: None)
+            filling.wait()
+            filling.finish()
+            yield self._slots.bind(layer, rung, slot)
+        finally:
+            self._ranges[rung].unmap(self._place[layer])
+
+    def begin(self, change: Transition) -> None:
         """Map the target's slot and start to fill it in the background.
 
-        Returns:
-            a future that is done when `commit` may be called.
-
         Raises:
-            ArenaExhausted: too few free extents; nothing has changed.
+            ArenaExhausted, OSError: too few free extents, or the system refused; nothing has changed.
         """
-        if self._pending is not None:
-            raise IntegrityError("A layer is already changing.")
+        if not self.has_room or any(c.transition.layer == change.layer for c in self._pending):
+            raise IntegrityError(f"Layer {change.layer} cannot begin to change now.")
         if self._rungs[change.layer] != change.source:
             raise IntegrityError(f"Layer {change.layer} is at {self._rungs[change.layer]}, not at {change.source}.")
         slot = self._map(change.layer, change.target)
         # Quantizing needs the full-precision bytes; from another rung they come from the checkpoint.
         source = self._layers[change.layer] if change.source == "full" else None
-        job = self._worker.submit(self._slots.fill, change.layer, change.target, slot, source)
-        self._pending = (change, job)
-        return job
+        filling = self._filler.start(change.layer, change.target, slot, source, self._wake)
+        self._pending.append(Change(change, filling))
 
-    def commit(self) -> Transition:
-        """Flip the layer's dispatch and give the source's pages back. Call at a step boundary, after the future."""
-        if self._pending is None:
+    def commit(self, behind: Callable[[], Fence]) -> Transition:
+        """Flip the oldest change's layer; its source's pages come back with `release`. Call at a step boundary.
+
+        Args:
+            behind: makes a fence behind every step that may read the source.
+
+        Raises:
+            ConfigError, OSError: it could not be filled. This change and those that began after it are called off.
+        """
+        if not self._pending:
             raise IntegrityError("No layer is changing.")
-        change, job = self._pending
-        self._pending = None
+        change, filling = self._pending[0].transition, self._pending[0].filling
         try:
-            job.result()
+            filling.finish()
         except BaseException:
-            self._unmap(change.layer, change.target)
+            self._call_off()
             raise
-        slot = self._slot(change.layer, change.target)
-        self._layers[change.layer] = self._slots.bind(change.layer, change.target, slot)
+        self._pending.popleft()
+        self._layers[change.layer] = self.bind(change.layer, change.target)
         self._rungs[change.layer] = change.target
-        self._unmap(change.layer, change.source)
+        self._retired.append((change, behind()))
         return change
+
+    def release(self, wait: bool = False) -> list[Transition]:
+        """Give pages back that no step reads any more; the transitions whose source is gone."""
+        released = []
+        while self._retired and (wait or self._retired[0][1].done()):
+            change, fence = self._retired.popleft()
+            fence.wait()
+            self._ranges[change.source].unmap(self._place[change.layer])
+            released.append(change)
+        return released
+
+    def wait(self) -> None:
+        """Wait until the oldest change is filled, if there is one."""
+        if self._pending:
+            self._pending[0].filling.wait()
 
     def slot_bytes_of(self, layer: int) -> torch.Tensor:
         """The raw bytes of a layer's current slot, uint8 [slot_bytes] (for checks)."""
         return self._slot(layer, self._rungs[layer])
 
+    def check_integrity(self) -> None:
+        """The mapped slots are those of the layers' rungs, of changes under way and of sources not yet given back.
+
+        Raises:
+            IntegrityError: they are not.
+        """
+        wanted: dict[Rung, set[int]] = {rung: set() for rung in self._ranges}
+        for layer, rung in enumerate(self._rungs):
+            wanted[rung].add(self._place[layer])
+        for change in self._pending:
+            wanted[change.transition.target].add(self._place[change.transition.layer])
+        for transition, _ in self._retired:
+            wanted[transition.source].add(self._place[transition.layer])
+        for rung, places in wanted.items():
+            self._ranges[rung].check_integrity(places)
+
     def close(self) -> None:
         """Wait for the background work to end."""
-        self._worker.shutdown(wait=True)
+        self._filler.close()
+
+    def _call_off(self) -> None:
+        """End every change under way: no layer has flipped, the targets' pages come back."""
+        for change in self._pending:
+            change.filling.wait()
+            self._ranges[change.transition.target].unmap(self._place[change.transition.layer])
+        self._pending.clear()
 
     def _slot(self, layer: int, rung: Rung) -> torch.Tensor:
-        nbytes = self._slots.slot_bytes(rung)
-        return self._arena.tensor(self._ranges[layer, rung], 0, (nbytes,), torch.uint8)
+        return self._ranges[rung].slot(self._place[layer])
 
     def _map(self, layer: int, rung: Rung) -> torch.Tensor:
-        span = self._ranges[layer, rung]
-        self._arena.map(span, 0, span.extents)
+        self._ranges[rung].map(self._place[layer])
         return self._slot(layer, rung)
-
-    def _unmap(self, layer: int, rung: Rung) -> None:
-        span = self._ranges[layer, rung]
-        self._arena.unmap(span, 0, span.extents)

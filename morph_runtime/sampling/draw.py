@@ -9,6 +9,12 @@ import torch
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.sampling.rows import SamplingRow
 
+TEMPORARY_BYTES_PER_SCORE = 56
+"""Of a row, for each token of the vocabulary: what `draw` holds at its greediest moment, sorting for top_k and top_p.
+
+The row's copy, its scaled copy, its part with a top_k or top_p, that sorted with the 64-bit places, three more float
+tensors and four of booleans, and a reserve.
+"""
 SEED_MULTIPLIER = 0x9E3779B97F4A7C15
 """Odd 64-bit constant (golden ratio) that spreads neighbouring positions over the seed space."""
 
@@ -17,13 +23,17 @@ def draw(
     logits: torch.Tensor,  # [rows, vocab] float32; not changed
     rows: Sequence[SamplingRow],
     generator: torch.Generator,
+    unseeded: torch.Generator,
 ) -> list[int]:
     """One token of each row, drawn from what temperature, min_p, top_k and top_p leave (in this order, as in vLLM).
+
+    Takes `TEMPORARY_BYTES_PER_SCORE` for each of the logits.
 
     Args:
         logits: scores after all adjustments.
         rows: the sequences.
         generator: scratch for the seeded rows; its state is lost.
+        unseeded: for the other rows.
     """
     params = [row.params for row in rows]
     temperature = torch.tensor([p.temperature for p in params], device=logits.device)
@@ -32,7 +42,7 @@ def draw(
     _on_rows(scaled, params, lambda p: p.top_k > 0 or p.top_p < 1, _keep_top)
     probabilities = scaled.softmax(dim=-1)
     # argmax(p / Exp(1)) is a draw from p (the exponential race); no host synchronisation is needed.
-    noise = torch.empty_like(probabilities).exponential_()
+    noise = torch.empty_like(probabilities).exponential_(generator=unseeded)
     for at, row in enumerate(rows):
         if row.params.seed is not None:
             noise[at].exponential_(generator=generator.manual_seed(_mixed(row.params.seed, row.output_len)))

@@ -14,7 +14,10 @@ def token_logprobs(
     chosen: Sequence[int],
     counts: Sequence[int],
 ) -> list[TokenLogprobs]:
-    """For each row: the chosen token with its rank, then the `counts[row]` most likely tokens."""
+    """For each row: the chosen token with its rank, then the `counts[row]` most likely tokens.
+
+    Takes a byte for each of the log probabilities, and what finding the most likely ones takes.
+    """
     picked = torch.tensor(chosen, device=logprobs.device)[:, None]  # [rows, 1]
     value = logprobs.gather(1, picked)
     rank = (logprobs >= value).sum(dim=1).tolist()

@@ -5,44 +5,27 @@ A step serves every decode first, then prefills that have begun, then admits fro
 in order of (priority, arrival). A request is admitted only when blocks for all its known tokens
 are free beyond the watermark, so a prefill that has begun never waits for blocks. What the prefix
 cache holds of a request is decided with its admission: live blocks that it shares need no room.
+
+A step goes through three calls: `schedule` chooses it, `advance` moves the requests on once it is
+launched, `resolve` books what it sampled. The next step may be scheduled and launched before the one in
+flight is resolved. What makes that right: tokens that are not known yet hold their places; a block stays with
+its request until every step in flight that works on it is over; nobody is preempted and no block moves
+while a step is in flight; and blocks are offered to the prefix cache only when they are resolved.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 from morph_runtime.config import SchedulerSettings
 from morph_runtime.errors import IntegrityError
 from morph_runtime.kv import BlockPool
 from morph_runtime.scheduler.line import Line
+from morph_runtime.scheduler.plan import ScheduledSlice, ScoredPositions, StepPlan
 from morph_runtime.scheduler.prefix import Hit, PrefixCache
 from morph_runtime.scheduler.request import Request, RequestState
-
-
-class ScheduledSlice(NamedTuple):
-    """`length` tokens of a request from position `start` on; `samples` if its last token asks for the next one."""
-
-    request: Request
-    start: int
-    length: int
-    samples: bool
-
-
-@dataclass
-class StepPlan:
-    """What the next step runs."""
-
-    slices: list[ScheduledSlice] = field(default_factory=list)
-    started: list[Request] = field(default_factory=list)
-    preempted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the step."""
-        return sum(s.length for s in self.slices)
 
 
 class Scheduler:
@@ -66,6 +49,9 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._running = Line()
         self._waiting = Line()
+        self._in_flight = 0
+        self._leaving: set[Request] = set()
+        """Finished requests whose blocks a step in flight still uses."""
         self.preemptions = 0
         self.prefix_queries = 0
         """Tokens of all requests that were scheduled for the first time."""
@@ -79,10 +65,15 @@ class Scheduler:
         if request.key in self._requests:
             raise IntegrityError(f"Request key {request.key} is already in use.")
         self._requests[request.key] = request
+        end = min(request.prompt_len + request.sampling.max_tokens, self._max_model_len)
+        request.limit = max(end, request.prompt_len + 1)
         self._waiting.add(request)
 
     def cancel(self, key: int) -> Request | None:
-        """End a request at once and free its blocks; None if it is unknown (already finished)."""
+        """End a request at once; None if it is unknown (already finished).
+
+        Its blocks are free, or will be when the steps in flight that use them are resolved.
+        """
         request = self._requests.get(key)
         if request is not None:
             self._finish(request)
@@ -117,23 +108,45 @@ class Scheduler:
 
     def shared_blocks(self, request: Request, level: int) -> int:
         """Live blocks that a waiting request would share if it were admitted at `level` now."""
-        return self._live(self._prefix.find(request.tokens, level))
+        return self._live(self._find(request, level))
 
     # -- one step ------------------------------------------------------------------------------------------------
 
+    @property
+    def must_preempt(self) -> bool:
+        """Whether the decodes that run need more blocks than there are. The step in flight is resolved first then."""
+        if self._pool.num_free >= len(self._running):
+            return False
+        size = self._block_tokens
+        return self._pool.num_free < sum(r.is_decoding and r.computed == len(r.blocks) * size for r in self._running)
+
     def schedule(self, level: int) -> StepPlan:
-        """Choose the tokens of the next step, which runs at `level`, and take the blocks they need."""
+        """Choose the tokens of the next step, which runs at `level`, and take the blocks they need.
+
+        Raises:
+            IntegrityError: a step is in flight though `must_preempt`.
+        """
         plan = StepPlan()
         budget = self._settings.max_num_batched_tokens
+        size = self._block_tokens
         decoding: list[Request] = []
         prefilling: list[Request] = []
         for request in self._running:
-            (decoding if request.is_decoding else prefilling).append(request)
+            known = len(request.tokens)
+            if request.computed == known - 1 and known > request.prompt_len:
+                if known < request.limit:  # else its last token is being sampled
+                    decoding.append(request)
+            else:
+                prefilling.append(request)
+        running, slices = RequestState.RUNNING, plan.slices
         for request in decoding:
             if budget == 0:
                 break
-            if request.state is RequestState.RUNNING and self._extend(request, plan):
-                plan.slices.append(ScheduledSlice(request, request.computed, 1, True))
+            if request.state is not running:
+                continue
+            if request.computed < len(request.blocks) * size or self._extend(request, plan):
+                slices.append(ScheduledSlice(request, request.computed, 1, True))
+                plan.rows += 1
                 budget -= 1
         for request in prefilling:
             budget -= self._prefill(request, budget, plan)
@@ -141,37 +154,73 @@ class Scheduler:
             self._admit(budget, level, plan)
         return plan
 
-    def complete(self, plan: StepPlan, sampled: Mapping[int, int], level: int) -> list[tuple[Request, str]]:
-        """Book a step that has run.
+    def advance(self, plan: StepPlan) -> None:
+        """Move the requests of a step on that has been launched: what it samples stands in their tokens as unknown."""
+        self._in_flight += 1
+        for part, first, count in plan.scored:
+            plan.slices[part].request.scored = first + count
+        row = -1
+        for request, start, length, samples in plan.slices:
+            request.computed = start + length
+            request.flights += 1
+            if samples:
+                request.tokens.append(row)
+                row -= 1
+
+    def resolve(self, plan: StepPlan, sampled: Sequence[int], level: int) -> list[tuple[Request, str]]:
+        """Book a step that has run; steps are resolved in the order in which they were advanced.
+
+        What it sampled for requests that have finished meanwhile is dropped.
 
         Args:
             plan: as `schedule` returned it.
-            sampled: token by request key, for each slice that samples.
+            sampled: a token for each slice that samples, in their order.
             level: the level at which the step ran.
 
         Returns:
-            the requests that have ended, each with `stop` or `length`; their blocks are free.
+            the requests that have ended, each with `stop` or `length`.
         """
+        self._in_flight -= 1
         finished: list[tuple[Request, str]] = []
-        for part in plan.slices:
-            request = part.request
-            request.computed = part.start + part.length
-            assert request.cursor is not None
-            self._prefix.record(request.cursor, request.tokens, request.blocks, request.computed, level)
-            if not part.samples:
+        size, eos, gone = self._block_tokens, self._eos, RequestState.FINISHED
+        tokens = iter(sampled)
+        for request, start, length, samples in plan.slices:
+            request.flights -= 1
+            token = next(tokens) if samples else 0
+            if request.state is gone:
+                if not request.flights:
+                    self._leaving.remove(request)
+                    self._release(request)
                 continue
-            request.tokens.append(sampled[request.key])
+            cursor, stop = request.cursor, start + length
+            assert cursor is not None
+            if length > 1 or stop % size == 0 or cursor.level != level:  # else there is nothing to note
+                self._prefix.record(cursor, request.tokens, request.blocks, stop, level)
+            if not samples:
+                continue
+            request.tokens[stop] = token
             request.levels.append(level)
-            reason = self._finish_reason(request)
+            sampling = request.sampling
+            reason = ""
+            if (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+                reason = "stop" if stop + 1 - request.prompt_len >= sampling.min_tokens else ""
+            if not reason and stop + 1 >= request.limit:
+                reason = "length"
             if reason:
                 self._finish(request)
                 finished.append((request, reason))
         return finished
 
     def remap_blocks(self, mapping: Mapping[int, int]) -> None:
-        """Patch every block table, and the prefix cache, after blocks have moved (old id -> new id)."""
+        """Patch every block table, and the prefix cache, after blocks have moved (old id -> new id).
+
+        Raises:
+            IntegrityError: a step is in flight, which knows the old ids.
+        """
+        if self._in_flight:
+            raise IntegrityError("KV blocks are moved while a step is in flight.")
         for request in self._running:
-            request.blocks = [mapping.get(b, b) for b in request.blocks]
+            request.blocks = array("i", [mapping.get(b, b) for b in request.blocks])
         self._prefix.remap(mapping)
 
     def check_integrity(self) -> None:
@@ -180,7 +229,7 @@ class Scheduler:
         Raises:
             IntegrityError: the books do not agree.
         """
-        held = Counter(b for r in self._running for b in r.blocks)
+        held = Counter(b for r in (*self._running, *self._leaving) for b in r.blocks)
         if len(held) != self._pool.num_used or any(self._pool.holders(b) != n for b, n in held.items()):
             raise IntegrityError(f"The block tables and the {self._pool.num_used} live blocks of the pool disagree.")
         for request in self._requests.values():
@@ -188,17 +237,18 @@ class Scheduler:
                 raise IntegrityError(f"Request {request.key} has {request.computed} tokens but too few blocks.")
             if request.state is RequestState.WAITING and (request.blocks or request.cursor):
                 raise IntegrityError(f"Waiting request {request.key} holds blocks.")
-            unwritten = request.blocks[request.computed // self._block_tokens :]
-            if any(held[b] > 1 or self._pool.is_kept(b) for b in unwritten):
+            # Blocks behind the cursor are unwritten, or written by a step in flight, or were not worth keeping.
+            own = request.blocks[request.cursor.blocks :] if request.cursor else ()
+            if any(held[b] > 1 or self._pool.is_kept(b) for b in own):
                 raise IntegrityError(f"Request {request.key} would write into a KV block that others read.")
+        if any(not r.flights for r in self._leaving) or (self._leaving and not self._in_flight):
+            raise IntegrityError("A finished request holds blocks that no step in flight uses.")
         self._prefix.check_integrity()
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _extend(self, request: Request, plan: StepPlan) -> bool:
-        """Make room for one more token, preempting less urgent requests; False if the request itself had to go."""
-        if request.computed < len(request.blocks) * self._block_tokens:
-            return True
+        """Take another block, preempting less urgent requests; False if the request itself had to go."""
         while self._pool.num_free == 0:
             victim = self._running.last
             self._preempt(victim, plan)
@@ -209,12 +259,28 @@ class Scheduler:
 
     def _prefill(self, request: Request, budget: int, plan: StepPlan) -> int:
         """Schedule the next chunk of a request whose blocks are all there; returns the tokens it takes."""
-        if budget == 0 or request.state is not RequestState.RUNNING:
+        rows = self._settings.max_num_seqs - plan.rows
+        if budget == 0 or rows == 0 or request.state is not RequestState.RUNNING:
             return 0
         length = min(len(request.tokens) - request.computed, budget)
+        if request.is_unscored:
+            length = self._score(request, length, rows, plan)
         last = request.computed + length == len(request.tokens)
         plan.slices.append(ScheduledSlice(request, request.computed, length, last))
+        plan.rows += last
         return length
+
+    def _score(self, request: Request, length: int, rows: int, plan: StepPlan) -> int:
+        """Score the prompt positions of a chunk of `length` tokens as far as `rows` allow; returns its new length."""
+        first, end = max(request.computed, request.scored), request.prompt_len - 1
+        # Half of the rows, so that others can end their prefill beside it.
+        count = min(request.computed + length, end, first + max(1, rows // 2)) - first
+        if count <= 0:
+            return length  # recomputed after a preemption: these were scored before
+        plan.scored.append(ScoredPositions(len(plan.slices), first, count))
+        plan.rows += count
+        # The last token of a prompt samples, which takes a row of its own.
+        return first + count - request.computed if first + count < end or count == rows else length
 
     def _admit(self, budget: int, level: int, plan: StepPlan) -> None:
         while budget > 0 and self._waiting and len(self._running) < self._settings.max_num_seqs:
@@ -232,8 +298,12 @@ class Scheduler:
         missing = self.blocks_for(len(request.tokens)) + spare - self._pool.num_free
         if missing > self._pool.num_used:
             return None  # not even if every live block were shared
-        hit = self._prefix.find(request.tokens, level)
+        hit = self._find(request, level)
         return hit if missing <= self._live(hit) else None
+
+    def _find(self, request: Request, level: int) -> Hit:
+        """What the prefix cache has of a request: nothing if its prompt is to be scored, for that takes its logits."""
+        return self._prefix.find(() if request.is_unscored else request.tokens, level)
 
     def _live(self, hit: Hit) -> int:
         """Blocks of a hit that others hold; taking the rest of them uses up room."""
@@ -245,7 +315,7 @@ class Scheduler:
         request.cursor = self._prefix.take(hit)  # before others are allocated, so that these are not evicted for them
         request.computed = len(hit.blocks) * self._block_tokens
         fresh = self._pool.allocate(self.blocks_for(len(request.tokens)) - len(hit.blocks))
-        request.blocks = [*hit.blocks, *fresh]
+        request.blocks = array("i", [*hit.blocks, *fresh])
         request.state = RequestState.RUNNING
         self._running.add(request)
         if not request.started:
@@ -260,6 +330,8 @@ class Scheduler:
 
         It is the least urgent and decodes are served by urgency, so the plan has no slice of it yet.
         """
+        if self._in_flight:
+            raise IntegrityError(f"Request {request.key} is preempted while a step is in flight.")
         plan.preempted.append(request)
         self._running.remove(request)
         self._release(request)
@@ -269,9 +341,14 @@ class Scheduler:
         self._waiting.add(request)
 
     def _finish(self, request: Request) -> None:
+        while request.tokens[-1] < 0:  # its end came before what the step in flight samples
+            request.tokens.pop()
         if request.state is RequestState.RUNNING:
             self._running.remove(request)
-            self._release(request)
+            if request.flights:
+                self._leaving.add(request)
+            else:
+                self._release(request)
         else:
             self._waiting.remove(request)
         request.state = RequestState.FINISHED
@@ -282,15 +359,6 @@ class Scheduler:
         self._prefix.leave(request.cursor)
         self._pool.free(reversed(request.blocks))  # the end of a prefix is evicted before its beginning
         request.cursor = None
-        request.blocks = []
+        request.blocks = array("i")
         request.shared = 0
         request.computed = 0
-
-    def _finish_reason(self, request: Request) -> str:
-        sampling, newest = request.sampling, request.tokens[-1]
-        ends = (newest in self._eos and not sampling.ignore_eos) or newest in sampling.stop_token_ids
-        if ends and request.output_len >= sampling.min_tokens:
-            return "stop"
-        if request.output_len >= sampling.max_tokens or len(request.tokens) >= self._max_model_len:
-            return "length"
-        return ""

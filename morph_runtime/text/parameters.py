@@ -57,7 +57,9 @@ class ParameterLimits:
     max_token_ids: int = 1024
     """Entries of `stop_token_ids` and of `logit_bias`."""
     max_logprobs: int = 20
-    """Greatest `logprobs`, as in vLLM."""
+    """Greatest `logprobs` and `prompt_logprobs`, as in vLLM."""
+    max_outputs: int = 1
+    """Greatest `n`: as many requests as the engine runs together."""
     vocab_size: int = _INT32_MAX
     """Token ids are below this."""
     max_json_bytes: int = 1 << 18
@@ -74,9 +76,7 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "length_penalty": (1.0,),
     "logits_processors": (None, ()),
     "logprob_token_ids": (None, ()),
-    "n": (1,),
     "output_kind": (0,),
-    "prompt_logprobs": (None,),
     "repetition_detection": (None,),
     "routed_experts_prompt_start": (0,),
     "skip_clone": (False,),
@@ -113,6 +113,8 @@ def parse_sampling_parameters(source: Mapping[str, Any] | str, limits: Parameter
         else:
             raise RequestError(printable(key), f"unknown sampling parameter; known are: {', '.join(sorted(readers))}.")
     params = SamplingParams(**fields)
+    if params.n > 1 and params.temperature == 0.0:
+        raise RequestError("n", f"must be 1 with greedy sampling (temperature 0), but is {params.n}.")
     if params.min_tokens > params.max_tokens != TO_THE_END:
         raise RequestError(
             "min_tokens", f"must be at most max_tokens, which is {params.max_tokens}, but is {params.min_tokens}."
@@ -122,6 +124,7 @@ def parse_sampling_parameters(source: Mapping[str, Any] | str, limits: Parameter
 
 def _readers(limits: ParameterLimits) -> dict[str, Callable[[str, Any], Any]]:
     return {
+        "n": lambda key, value: read_integer(key, value, 1, limits.max_outputs),
         "max_tokens": lambda key, value: _max_tokens(key, value, limits),
         "min_tokens": lambda key, value: read_integer(key, value, 0, limits.max_tokens),
         "temperature": _temperature,
@@ -137,6 +140,7 @@ def _readers(limits: ParameterLimits) -> dict[str, Callable[[str, Any], Any]]:
         "stop_token_ids": lambda key, value: read_token_ids(key, value, limits.max_token_ids, limits.vocab_size),
         "bad_words": lambda key, value: read_strings(key, value, limits.max_bad_words, limits.max_stop_chars),
         "logprobs": lambda key, value: read_integer(key, value, 0, limits.max_logprobs),
+        "prompt_logprobs": lambda key, value: read_integer(key, value, 0, limits.max_logprobs),
         "structured_outputs": structured_outputs,
         "ignore_eos": read_boolean,
         "include_stop_str_in_output": read_boolean,

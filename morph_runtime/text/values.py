@@ -37,7 +37,8 @@ def read_integer(key: str, value: Any, low: int, high: int) -> int:
 def read_number(key: str, value: Any) -> float:
     """A finite number, or a string that is one."""
     result = math.nan
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    spelt = isinstance(value, str) and "_" not in value  # Python reads "1_0" as 10; nobody else does
+    if spelt or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         try:
             result = float(value)
         except (ValueError, OverflowError):

@@ -51,6 +51,7 @@ class Stack:
             "TRITON_TAG": "standin",
             "PROMETHEUS_TAG": "standin",
             "PIP_ARGS": "--no-index --find-links=/wheels",
+            "MORPH_EXTRAS": "server,openai-server",
             "MORPH_IMAGE_TAG": "test",
             "MORPH_DRAIN_S": "5",
             **environment,

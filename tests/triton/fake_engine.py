@@ -64,6 +64,7 @@ class FakeEngine:
             max_model_len=self.config.model.max_model_len or 512,
             max_num_seqs=self.config.scheduler.max_num_seqs,
             block_tokens=16,
+            kv_dtype="bfloat16",
             base_blocks=64,
             level_max=NUM_LAYERS,
             ladder=["w4"],
@@ -121,7 +122,9 @@ class FakeEngine:
             finished, self._finished = self._finished, []
             for key, (request, done) in list(self._running.items()):
                 token, reason = self._next(request, done)
-                tokens.append(TokenDelta(key, [token], [min(done, NUM_LAYERS)], self._logprobs(request, token)))
+                scores = [] if done else self._prompt_logprobs(request)
+                levels = [min(done, NUM_LAYERS)]
+                tokens.append(TokenDelta(key, [token], levels, self._logprobs(request, token), scores))
                 self._running[key] = (request, done + 1)
                 if reason:
                     del self._running[key]
@@ -138,6 +141,13 @@ class FakeEngine:
             return []
         likely = [EOS_ID, token][: request.sampling.logprobs or 0]
         return [TokenLogprobs(2, [token, *likely], [-0.5, *[-0.25, -0.5][: len(likely)]])]
+
+    @staticmethod
+    def _prompt_logprobs(request: Submit) -> list[TokenLogprobs]:
+        """Each token of the prompt has the log probability -1 and, where more are asked for, EOS is likelier."""
+        if (top := request.sampling.prompt_logprobs) is None:
+            return []
+        return [TokenLogprobs(2, [token, EOS_ID][: 1 + top], [-1.0, -0.5][: 1 + top]) for token in request.prompt[1:]]
 
     def _next(self, request: Submit, done: int) -> tuple[int, str]:
         sampling = request.sampling

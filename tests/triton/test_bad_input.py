@@ -44,9 +44,9 @@ def ask(server: TritonServer, body: dict[str, Any]) -> str:
         ({"text_input": "a", "temperature": "nan"}, "temperature: must be a finite number, but is 'nan'."),
         ({"text_input": "a", "max_tokens": "ten"}, "max_tokens: must be a whole number between 1 and 512"),
         ({"text_input": "a", "tempratur": 1}, "tempratur: unknown sampling parameter"),
-        ({"text_input": "a", "n": 2}, "n: not supported yet: only its default, 1, is served."),
+        ({"text_input": "a", "n": 9}, "n: must be between 1 and 8, but is 9."),
         ({"text_input": "a", "logprobs": 21}, "logprobs: must be between 0 and 20"),
-        ({"text_input": "a", "prompt_logprobs": 1}, "prompt_logprobs: not supported yet"),
+        ({"text_input": "a", "prompt_logprobs": 21}, "prompt_logprobs: must be between 0 and 20, but is 21."),
         ({"text_input": "a", "repetition_penalty": 0}, "repetition_penalty: must be above 0"),
         ({"text_input": "a", "structured_outputs": "{}x"}, "structured_outputs: the string must be JSON text."),
         ({"text_input": "a", "lora_name": "x"}, "LoRA feature is not enabled."),
@@ -157,4 +157,4 @@ def test_the_status_is_invalid_argument(server: TritonServer) -> None:
     before = server.metric("morph_requests_total", outcome="rejected")
     assert grpc_status(server, "") == "INVALID_ARGUMENT"
     assert post(server, {"text_input": ""})[0] == 400
-    until(lambda: server.metric("morph_requests_total", outcome="rejected") == before + 2, 3.0)
+    until(lambda: server.metric("morph_requests_total", outcome="rejected") >= before + 2, 3.0)

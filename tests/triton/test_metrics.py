@@ -76,6 +76,7 @@ def test_the_engines_snapshot_is_shown(server: TritonServer) -> None:
     assert server.metric("morph_shifts_total", direction="up", rung="full") == 2
     assert server.metric("morph_decisions_total", action="down", reason="kv_wait") == 1
     assert server.metric("morph_mode", mode="balanced") == 1 and server.metric("morph_mode", mode="off") == 0
+    assert server.metric("morph_kv_dtype", dtype="bfloat16") == 1
     assert server.metric("morph_engine_up") == 1
 
 

@@ -76,6 +76,50 @@ def test_structured_outputs_and_log_probabilities_are_on_the_wire(real: TritonSe
         assert response.outputs["cumulative_logprob"][0] == pytest.approx(total, abs=1e-3)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_n_outputs_are_n_seeded_answers_to_one_prompt(real: TritonServer, stream: bool) -> None:
+    prompt = "The old man looked at the sea and said to the boy that the weather was going to change before night."
+    sampling = {"max_tokens": 8, "n": 3, "seed": 5, "ignore_eos": True}
+    flags = {"return_finish_reason": True, "return_num_output_tokens": True, "exclude_input_in_output": True}
+    before = real.metric("vllm:prompt_tokens_total")
+    responses = GrpcStream(real).ask(prompt, sampling, stream=stream, **flags).rest(60)
+    columns = list(zip(*(r.outputs["text_output"] for r in responses), strict=True))
+    texts = ["".join(column) for column in columns]
+    assert len(texts) == len(set(texts)) == 3
+    assert responses[-1].outputs["finish_reason"] == ["length"] * 3
+    counts = zip(*(r.outputs["num_output_tokens"] for r in responses), strict=True)
+    assert [sum(column) for column in counts] == [8, 8, 8]
+    singles = [generate(real, prompt, max_tokens=8, seed=5 + at, ignore_eos=True)["text_output"] for at in range(3)]
+    assert texts == singles
+    until(lambda: real.metric("vllm:prompt_tokens_total") > before, what="the prompt's count")
+    until(lambda: real.metric("morph_kv_blocks_used") == 0, 3.0, "free blocks")
+
+
+def test_the_prompt_can_be_scored(real: TritonServer) -> None:
+    prompt = "It was the best of times, it was the worst of times. " * 3
+    sampling = {"max_tokens": 4, "temperature": 0, "prompt_logprobs": 2}
+    flags = {"return_prompt_logprobs": True, "return_num_input_tokens": True, "return_num_cached_tokens": True}
+    for _ in range(2):
+        responses = GrpcStream(real).ask(prompt, sampling, **flags).rest(60)
+        first, *later = [json.loads(r.outputs["prompt_logprobs"][0]) for r in responses if r.outputs]
+        assert responses[0].outputs["num_cached_tokens"] == [0], "the prefix cache is not read"
+        assert len(first) == responses[0].outputs["num_input_tokens"][0] and first[0] is None
+        chosen = [next(iter(at.values())) for at in first[1:]]
+        assert prompt.endswith("".join(at["decoded_token"] for at in chosen))
+        assert all(at["logprob"] < 0 and at["rank"] >= 1 for at in chosen) and set(later) <= {None}
+    known = sum(at["logprob"] for at in chosen[len(chosen) * 2 // 3 :]) / (len(chosen) / 3)
+    new = sum(at["logprob"] for at in chosen[: len(chosen) // 3]) / (len(chosen) / 3)
+    assert known > new, "a sentence that was read twice before is likelier"
+
+
+def test_a_client_that_leaves_ends_all_of_its_outputs(real: TritonServer) -> None:
+    stream = GrpcStream(real).ask("The sea", {"max_tokens": 1500, "ignore_eos": True, "n": 4})
+    stream.next()
+    stream.cancel()
+    until(lambda: real.metric("vllm:num_requests_running") == 0, 3.0, "an idle engine")
+    until(lambda: real.metric("morph_kv_blocks_used") == 0, 3.0, "free blocks")
+
+
 def test_a_schema_that_is_refused_is_the_clients_error(real: TritonServer) -> None:
     sampling = json.dumps({"structured_outputs": {"json": {"type": "objec"}}})
     status, body = post(real, {"text_input": "abc", "sampling_parameters": sampling})

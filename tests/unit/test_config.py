@@ -37,6 +37,7 @@ def test_a_configuration_survives_json() -> None:
         ({"cache": {"reuse": "some"}}, r"cache\.reuse must be one of exact, at_least, any, but is 'some'"),
         ({"cache": {"prefix": "yes"}}, r"cache\.prefix must be true or false"),
         ({"model": {"awq_path": "x"}, "morph": {"ladder": ["w8"]}}, r"model\.awq_path .*morph\.ladder has no w4"),
+        ({"memory": {"kv_dtype": "int4"}}, r"memory\.kv_dtype must be one of auto, fp8, int8, but is 'int4'"),
         ({"device": "tpu"}, r"device must be one of cpu"),
     ],
 )
@@ -53,6 +54,8 @@ def test_a_bad_value_is_named_with_its_limit(values: dict[str, Any], said: str) 
         ("MORPH_MODE", "fast", "morph.mode must be one of"),
         ("MORPH_PREFIX_CACHE", "maybe", "MORPH_PREFIX_CACHE must be true or false, but is 'maybe'"),
         ("MORPH_PREFIX_REUSE", "all", "cache.reuse must be one of"),
+        ("MORPH_KV_DTYPE", "fp16", "memory.kv_dtype must be one of auto, fp8, int8, but is 'fp16'"),
+        ("MORPH_OVERLAP", "maybe", "overlap must be one of auto, on, off, but is 'maybe'"),
     ],
 )
 def test_a_bad_environment_value_is_named(name: str, text: str, said: str) -> None:
@@ -65,6 +68,13 @@ def test_the_environment_wins_over_the_file_and_empty_means_unset() -> None:
     assert config.with_environment({"MORPH_MODE": ""}).morph.mode == "off"
     changed = config.with_environment({"MORPH_MODE": "accuracy", "MORPH_LADDER": "w8,w4", "MORPH_THREADS": "3"})
     assert (changed.morph.mode, changed.morph.ladder, changed.kernels.threads) == ("accuracy", ("w8", "w4"), 3)
+
+
+def test_steps_overlap_when_told_to_and_by_themselves_only_beside_a_device() -> None:
+    assert not EngineConfig().overlaps
+    assert EngineConfig().with_environment({"MORPH_OVERLAP": "on"}).overlaps
+    assert EngineConfig(device="cuda").overlaps
+    assert not EngineConfig(device="cuda", overlap="off").overlaps
 
 
 @pytest.mark.parametrize(("text", "value"), [("true", True), ("1", True), ("False", False), ("0", False)])

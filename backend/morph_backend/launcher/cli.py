@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from morph_backend.launcher.launch_settings import launch_settings
-from morph_backend.launcher.run_folder import RunFolder
+from morph_backend.launcher.run_folder import RunFolder, sweep_stale
 from morph_backend.launcher.triton_files import check_python, find_installed, find_triton
 from morph_runtime.errors import ConfigError
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from morph_backend.launcher.supervisor import Supervisor
         except ImportError as error:
             raise ConfigError(f"{error}: pip install 'morphserve[server,embedded]'.") from None
+        sweep_stale()
         run = RunFolder()
         repository = run.repository(settings)
         config = check_before_start(settings, repository / "morph")

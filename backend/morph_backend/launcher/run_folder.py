@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.resources
 import os
 import shutil
@@ -11,10 +12,14 @@ import tempfile
 from pathlib import Path
 
 from morph_backend.launcher.launch_settings import LaunchSettings
+from morph_backend.launcher.processes import processes_of
 from morph_backend.launcher.triton_files import STUB, TritonFiles
 from morph_backend.settings import checkout_root
 
 SHARED_MEMORY = Path("/dev/shm")
+PREFIX = "morphserve-"
+OWNER_LOCK = "owner.lock"
+"""Locked by the launcher as long as it lives."""
 MODEL_PY = '''"""MorphServe on Triton. The model itself is `morph_backend.model`."""
 
 from morph_backend.model import TritonPythonModel
@@ -32,8 +37,13 @@ class RunFolder:
     """
 
     def __init__(self) -> None:
-        self.path = Path(tempfile.mkdtemp(prefix="morphserve-"))
+        self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.shm_prefix = f"{self.path.name}_"
+        # Locked before it has its name: nobody ever sees the lock of a living owner open.
+        unnamed = self.path / "owner"
+        self._owner = unnamed.open("w")
+        fcntl.flock(self._owner, fcntl.LOCK_EX)
+        unnamed.rename(self.path / OWNER_LOCK)
 
     def backends(self, files: TritonFiles) -> Path:
         """A backend folder with the Python backend and the stub of this interpreter."""
@@ -74,10 +84,33 @@ class RunFolder:
 
     def remove(self) -> None:
         """Remove the folder and this run's shared memory."""
-        for region in SHARED_MEMORY.glob(f"{self.shm_prefix}*"):
-            with contextlib.suppress(OSError):
-                region.unlink()
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path)
+        self._owner.close()
+
+
+def sweep_stale() -> list[Path]:
+    """Remove what launchers that were killed have left: folders without an owner and without a process.
+
+    The system drops the lock of an owner that dies, however it dies.
+
+    Returns:
+        the folders.
+    """
+    swept = []
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER_LOCK}"):
+        with contextlib.suppress(OSError), lock.open() as owner:  # another user's, locked, or gone meanwhile
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not processes_of(lock.parent):
+                _remove(lock.parent)
+                swept.append(lock.parent)
+    return swept
+
+
+def _remove(folder: Path) -> None:
+    for region in SHARED_MEMORY.glob(f"{folder.name}_*"):
+        with contextlib.suppress(OSError):
+            region.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from morph_client.address import DEFAULT_URL
 from morph_client.chat import Conversation, PromptFormat, RawText
 from morph_client.chat_template import ChatTemplate
 from morph_client.cli.chat_session import ChatSession
@@ -33,7 +32,7 @@ def chat(
     history: Annotated[
         bool, typer.Option("--history/--no-history", help="Whether earlier turns are sent with each question.")
     ] = True,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = "",
 ) -> None:
     """Talk with the model. Ctrl-C breaks an answer off; at the prompt it ends the chat, as does Ctrl-D.
 

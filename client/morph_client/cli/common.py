@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from morph_client.address import DEFAULT_URL
+from morph_client.address import DEFAULT_URL, GRPC_PORT, METRICS_PORT
 from morph_client.errors import BadInput, Cancelled, InvalidRequest, MissingDependency, MorphError
 from morph_client.server_process import StartFailed
 
@@ -16,10 +17,33 @@ EXIT_USAGE = 2
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 
-DEFAULT_METRICS_URL = "http://localhost:8002/metrics"
+
+def port(variable: str, default: int) -> int:
+    """The port that the server in the same environment has. Raises :class:`BadInput` for what is no port."""
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise BadInput(f"{variable} must be a port between 1 and 65535, but is '{text}'")
+    return int(text)
+
+
+def metrics_port() -> int:
+    """Where the metrics page is, unless an address is given."""
+    return port("MORPH_METRICS_PORT", METRICS_PORT)
+
+
+def _url(given: str) -> str:
+    return given or f"localhost:{port('MORPH_GRPC_PORT', GRPC_PORT)}"
+
 
 UrlOption = Annotated[
-    str, typer.Option("--url", envvar="MORPH_URL", help="Triton's gRPC endpoint, host:port.", show_default=DEFAULT_URL)
+    str,
+    typer.Option(
+        "--url",
+        envvar="MORPH_URL",
+        callback=_url,
+        help="Triton's gRPC endpoint, host:port.",
+        show_default=f"{DEFAULT_URL}, or at MORPH_GRPC_PORT",
+    ),
 ]
 MetricsUrlOption = Annotated[
     str, typer.Option("--metrics-url", envvar="MORPH_METRICS_URL", help="Triton's metrics page.")

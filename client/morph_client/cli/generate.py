@@ -9,7 +9,6 @@ from typing import Annotated
 
 import typer
 
-from morph_client.address import DEFAULT_URL
 from morph_client.cli.common import UrlOption, stderr, stdout
 from morph_client.errors import BadInput
 from morph_client.report.table import percent, seconds
@@ -24,21 +23,32 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Probability mass to sample from.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidates to sample from; 0 is all.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    n: Annotated[int | None, typer.Option("-n", help="Outputs to generate; several are printed when whole.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A string to stop at; may be repeated.")] = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Print tokens as they come.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with times and levels.")] = False,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = "",
 ) -> None:
     """Generate text from a prompt."""
     sampling = SamplingParams(
-        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or None
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        n=n,
+        stop=stop or None,
     )
     text = _read_stdin() if prompt == "-" else prompt
     with MorphClient(url) as client:
         if as_json:
             print(json.dumps(asdict(client.generate(text, sampling=sampling, stream=stream)), indent=1))
             return
-        answer = _print_stream(client, text, sampling, stream)
+        if n is not None and n > 1:  # they grow side by side, so they are printed when they are whole
+            answer = client.generate(text, sampling=sampling, stream=stream)
+            _print_outputs(answer)
+        else:
+            answer = _print_stream(client, text, sampling, stream)
     if sys.stderr.isatty():
         stderr().print(_footer(answer), style="dim")
 
@@ -63,15 +73,25 @@ def _print_stream(client: MorphClient, text: str, sampling: SamplingParams, stre
     return builder.build()
 
 
+def _print_outputs(answer: Completion) -> None:
+    file = stdout().file
+    for number, output in enumerate(answer.outputs, 1):
+        file.write(f"--- {number} of {len(answer.outputs)} ({output.finish_reason})\n{output.text}\n")
+
+
 def _footer(answer: Completion) -> str:
-    parts = [f"{answer.num_output_tokens} tokens", f"the first after {seconds(answer.ttft_s)}"]
+    tokens = sum(output.num_output_tokens for output in answer.outputs)
+    parts = [f"{tokens} tokens", f"the first after {seconds(answer.ttft_s)}"]
     if answer.e2e_s > answer.ttft_s:
-        parts.append(f"{(answer.num_output_tokens - 1) / (answer.e2e_s - answer.ttft_s):.0f} tokens/s")
-    if answer.levels:
-        parts.append(f"level {_levels(answer.levels)}")
-    if answer.rung_share is not None:
+        parts.append(f"{(tokens - 1) / (answer.e2e_s - answer.ttft_s):.0f} tokens/s")
+    if answer.num_cached_tokens:
+        parts.append(f"{answer.num_cached_tokens} of {answer.num_input_tokens} prompt tokens cached")
+    levels = tuple(level for output in answer.outputs for level in output.levels)
+    if levels:
+        parts.append(f"level {_levels(levels)}")
+    if answer.rung_share is not None and not answer.more:
         parts.append(f"{percent(answer.rung_share.full)} at full precision")
-    if answer.finish_reason == "length":
+    if any(output.finish_reason == "length" for output in answer.outputs):
         parts.append("stopped at --max-tokens")
     return " · ".join(parts)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from morph_client.address import DEFAULT_URL, grpc_target
+from morph_client.address import grpc_target
 from morph_client.aio_client import AsyncMorphClient
 from morph_client.chat_template import ChatTemplate, NoChatTemplate
 from morph_client.cli.common import UrlOption
@@ -36,7 +36,7 @@ def openai(
     drain_seconds: Annotated[
         int, typer.Option(envvar="MORPH_DRAIN_S", min=0, max=3600, help="Time for open answers to end at the end.")
     ] = 30,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = "",
 ) -> None:
     """Serve /v1/chat/completions, /v1/completions and /v1/models, until Ctrl-C. Without --model: no chat."""
     try:

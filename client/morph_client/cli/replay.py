@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from morph_client.address import DEFAULT_URL
-from morph_client.cli.common import MetricsUrlOption, UrlOption, stderr, stdout
+from morph_client.address import grpc_target, metrics_url_for
+from morph_client.cli.common import MetricsUrlOption, UrlOption, metrics_port, stderr, stdout
 from morph_client.cli.replay_run import Cuts, ReplayPlan, describe, replay_trace
 from morph_client.errors import MissingDependency, ServerError
 from morph_client.prompts import words_of
@@ -36,7 +36,7 @@ def replay(
     deadline: Annotated[float, typer.Option(min=0.1, help="Give up a request after this many seconds.")] = 600.0,
     connections: Annotated[int, typer.Option(min=1, help="Connections to spread the requests over.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file, and a picture.")] = None,
-    url: UrlOption = DEFAULT_URL,
+    url: UrlOption = "",
     metrics_url: MetricsUrlOption = "",
 ) -> None:
     """Send a trace's requests when they are due, and print what became of them."""
@@ -50,7 +50,7 @@ def replay(
         deadline_s=deadline,
         connections=connections,
         url=url,
-        metrics_url=metrics_url or None,
+        metrics_url=metrics_url or metrics_url_for(grpc_target(url), metrics_port()),
     )
     if out is not None:
         files.check_writable(out)

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.live import Live
 
 from morph_client import prometheus
-from morph_client.cli.common import DEFAULT_METRICS_URL, MetricsUrlOption, stdout
+from morph_client.address import metrics_url_for
+from morph_client.cli.common import MetricsUrlOption, metrics_port, stdout
 from morph_client.cli.top_frame import frame
 from morph_client.cli.top_history import History
 from morph_client.errors import ServerError, ServerUnavailable
@@ -21,11 +22,12 @@ from morph_client.state import PREFIXES, ServerState
 def top(
     once: Annotated[bool, typer.Option("--once", help="Print one page and end.")] = False,
     interval: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 1.0,
-    metrics_url: MetricsUrlOption = DEFAULT_METRICS_URL,
+    metrics_url: MetricsUrlOption = "",
     model: Annotated[str, typer.Option(help="The model's name in Triton.")] = "morph",
 ) -> None:
     """Watch precision, KV cache, queue and latency."""
     console = stdout()
+    metrics_url = metrics_url or metrics_url_for("localhost", metrics_port())
     history = History()
     # The first look is not forgiven: a wrong address should not show an empty page.
     state = _look(metrics_url, model)

@@ -47,7 +47,7 @@ def _rows(history: History, state: ServerState, width: int, glyphs: dict[str, st
         ("Layers", _layers(state, width, glyphs)),
         ("", _legend(state, glyphs)),
         ("", Text()),
-        ("KV cache", _kv_bar(state, width, glyphs is RUNG_GLYPH)),
+        (_kv_label(state), _kv_bar(state, width, glyphs is RUNG_GLYPH)),
         ("", _kv_words(state)),
         ("Memory", _memory(state)),
         ("", Text()),
@@ -97,6 +97,10 @@ def _legend(state: ServerState, glyphs: dict[str, str]) -> Text:
         count = sum(RUNG_OF_BITS.get(bits) == rung for bits in state.layer_bits)
         text.append(glyphs[rung], RUNG_STYLE[rung]).append(f" {rung} {count}   ", "" if count else "dim")
     return text
+
+
+def _kv_label(state: ServerState) -> str:
+    return f"KV {state.kv_dtype}" if state.kv_dtype in ("fp8", "int8") else "KV cache"
 
 
 def _kv_bar(state: ServerState, width: int, unicode: bool) -> Text:

@@ -12,9 +12,9 @@ def never() -> bool:
 
 def test_the_line_is_the_limit() -> None:
     admission = Admission(2)
-    assert admission.acquire(1, never) is Admitted.YES and admission.acquire(2, never) is Admitted.YES
+    assert admission.acquire([1], never) is Admitted.YES and admission.acquire([2], never) is Admitted.YES
     result: list[Admitted] = []
-    thread = threading.Thread(target=lambda: result.append(admission.acquire(3, never, poll_s=10)))
+    thread = threading.Thread(target=lambda: result.append(admission.acquire([3], never, poll_s=10)))
     thread.start()
     thread.join(0.1)
     assert thread.is_alive() and admission.waiting == 1
@@ -27,10 +27,10 @@ def test_the_line_is_the_limit() -> None:
 
 def test_giving_up_is_noticed_at_once_after_a_wake() -> None:
     admission = Admission(1)
-    admission.acquire(1, never)
+    admission.acquire([1], never)
     gone = threading.Event()
     result: list[Admitted] = []
-    thread = threading.Thread(target=lambda: result.append(admission.acquire(2, gone.is_set, poll_s=30)))
+    thread = threading.Thread(target=lambda: result.append(admission.acquire([2], gone.is_set, poll_s=30)))
     thread.start()
     while not admission.waiting:
         time.sleep(0.001)
@@ -42,17 +42,18 @@ def test_giving_up_is_noticed_at_once_after_a_wake() -> None:
 
 def test_giving_up_is_noticed_without_a_wake() -> None:
     admission = Admission(1)
-    admission.acquire(1, never)
+    admission.acquire([1], never)
     until = time.monotonic() + 0.05
-    assert admission.acquire(2, lambda: time.monotonic() > until, poll_s=0.01) is Admitted.GAVE_UP
+    assert admission.acquire([2], lambda: time.monotonic() > until, poll_s=0.01) is Admitted.GAVE_UP
 
 
 def test_closing_ends_every_wait() -> None:
     admission = Admission(1)
-    admission.acquire(1, never)
+    admission.acquire([1], never)
     result: list[Admitted] = []
     threads = [
-        threading.Thread(target=lambda k=k: result.append(admission.acquire(k, never, poll_s=30))) for k in range(2, 5)
+        threading.Thread(target=lambda k=k: result.append(admission.acquire([k], never, poll_s=30)))
+        for k in range(2, 5)
     ]
     for thread in threads:
         thread.start()
@@ -61,4 +62,4 @@ def test_closing_ends_every_wait() -> None:
         thread.join(5)
     assert result == [Admitted.CLOSED] * 3
     admission.release(1)
-    assert admission.acquire(9, never) is Admitted.CLOSED
+    assert admission.acquire([9], never) is Admitted.CLOSED

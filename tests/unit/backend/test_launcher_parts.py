@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,10 +13,12 @@ import pytest
 from morph_backend.launcher.launch_settings import launch_settings
 from morph_backend.launcher.preflight import check_port
 from morph_backend.launcher.processes import end_processes, processes_of
-from morph_backend.launcher.run_folder import RunFolder
+from morph_backend.launcher.run_folder import RunFolder, sweep_stale
 from morph_backend.launcher.server_log import LogFilter, Severity, classify
 from morph_backend.launcher.triton_files import check_python, find_installed, find_triton
 from morph_runtime.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_command_line_wins_over_the_environment() -> None:
@@ -112,6 +116,51 @@ def test_held_errors_can_be_forgotten_and_verbose_shows_all() -> None:
     assert shown == []
     LogFilter(shown.append, verbose=True).feed('I1121 03:02:54.725000 1 a.cc:7] "fine"\n')
     assert len(shown) == 1
+
+
+@pytest.fixture
+def owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[str]]:
+    """Another launcher, with a run folder; its path is the first line that it prints."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    code = (
+        "import sys, time; from morph_backend.launcher.run_folder import RunFolder; run = RunFolder();"
+        "print(run.path, flush=True); sys.stdin.read(); run.remove()"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": f"{ROOT}:{ROOT / 'backend'}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_what_a_killed_launcher_left_is_swept_at_the_next_start(owner: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert owner.stdout is not None
+    folder = Path(owner.stdout.readline().strip())
+    assert folder.parent == tmp_path and sweep_stale() == [], "its owner lives"
+    memory = Path("/dev/shm") / f"{folder.name}_x"
+    memory.touch()
+    marked = {**os.environ, "MORPH_RUN_DIR": str(folder)}
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=marked)
+    try:
+        owner.kill()
+        owner.wait()
+        assert sweep_stale() == [], "a process of the run lives"
+    finally:
+        left.kill()
+        left.wait()
+    run = RunFolder()
+    assert sweep_stale() == [folder]
+    assert not folder.exists() and not memory.exists() and run.path.exists()
+    run.remove()
+
+
+def test_an_orderly_end_leaves_nothing_to_sweep(owner: subprocess.Popen[str]) -> None:
+    assert owner.stdout is not None
+    folder = Path(owner.stdout.readline().strip())
+    owner.communicate("")
+    assert not folder.exists() and sweep_stale() == []
 
 
 def test_only_a_runs_own_processes_and_memory_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

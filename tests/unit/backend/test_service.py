@@ -217,7 +217,7 @@ def test_the_end_is_in_the_inbox_when_its_request_is_woken(house: House) -> None
     house.engine._thread.join()
     house.service._senders.close()
     house.service._senders = Recording()  # type: ignore[assignment]
-    for request in house.service._all_open():
+    for request in house.service._open.all():
         request.take()
     tokens = [TokenDelta(1, [5], [0]), TokenDelta(2, [6], [0])]
     house.service.on_step(StepOutput([], tokens, [Finished(2, "length"), Finished(1, "stop")], 0, 0))

@@ -23,6 +23,7 @@ from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
 LAYERS = 8
+CACHED_TOKENS = 1
 REFUSALS = {
     "refuse": (grpc.StatusCode.INVALID_ARGUMENT, "temperature must be at least 0"),
     "full": (grpc.StatusCode.UNAVAILABLE, "[request id: 7] Exceeds maximum queue size"),
@@ -48,16 +49,19 @@ def response(outputs: dict[str, tuple[str, bytes]], final: bool) -> Any:
     return message
 
 
-def text_response(text: str, *, prompt_tokens: int, level: int, last: bool, final: bool) -> Any:
-    share = {"full": 1 - level / LAYERS, "w8": 0.0, "w4": level / LAYERS}
+def text_response(text: str, *, prompt_tokens: int, level: int, last: bool, final: bool, n: int = 1) -> Any:
+    """One token of each of `n` outputs."""
+    share = json.dumps({"full": 1 - level / LAYERS, "w8": 0.0, "w4": level / LAYERS}).encode()
+    texts = [f"{number}:{text}" if number else text for number in range(n)]
     return response(
         {
-            "text_output": ("BYTES", bytes_tensor(text.encode())),
-            "finish_reason": ("BYTES", bytes_tensor(b"length" if last else b"None")),
+            "text_output": ("BYTES", bytes_tensor(*(item.encode() for item in texts))),
+            "finish_reason": ("BYTES", bytes_tensor(*[b"length" if last else b"None"] * n)),
             "num_input_tokens": ("UINT32", struct.pack("<I", prompt_tokens)),
-            "num_output_tokens": ("UINT32", struct.pack("<I", 1)),
-            "morph_level": ("INT32", struct.pack("<i", level)),
-            "rung_share": ("BYTES", bytes_tensor(json.dumps(share).encode())),
+            "num_output_tokens": ("UINT32", struct.pack(f"<{n}I", *[1] * n)),
+            "num_cached_tokens": ("UINT32", struct.pack("<I", CACHED_TOKENS)),
+            "morph_level": ("INT32", struct.pack(f"<{n}i", *[level] * n)),
+            "rung_share": ("BYTES", bytes_tensor(*[share] * n)),
         },
         final,
     )
@@ -131,6 +135,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
                     level=self.level,
                     last=last,
                     final=last and word != "bare",
+                    n=sampling.get("n", 1),
                 )
         if word == "bare":  # as a model that ends with a response of flags only
             yield response({}, True)
@@ -168,6 +173,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
             f"morph_kv_blocks_used{{{labels}}} {min(blocks, self.running * 10)}",
             f"morph_kv_blocks_base{{{labels}}} 64",
             f"morph_kv_block_tokens{{{labels}}} 16",
+            f'morph_kv_dtype{{{labels},dtype="int8"}} 1',
             f"morph_engine_up{{{labels}}} 1",
             f'morph_mode{{{labels},mode="{mode}"}} 1',
             f'morph_shifts_total{{{labels},direction="down",rung="w4"}} {level}',

@@ -28,7 +28,7 @@ def triton() -> Iterator[FakeTriton]:
 @pytest.fixture
 def morph(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Runs ``morph ARGS`` in this process; the result has ``exit_code``, ``stdout`` and ``stderr``."""
-    for name in ("MORPH_URL", "MORPH_METRICS_URL", "FORCE_COLOR"):
+    for name in ("MORPH_URL", "MORPH_METRICS_URL", "MORPH_GRPC_PORT", "MORPH_METRICS_PORT", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     return lambda *args: CliRunner().invoke(build_app(), [str(arg) for arg in args])

@@ -37,6 +37,12 @@ async def test_a_stream_yields_text_tokens_and_levels(triton: FakeTriton) -> Non
     assert sent.parameters["slo_class"].string_param == "gold"
 
 
+async def test_each_of_n_outputs_is_returned(triton: FakeTriton) -> None:
+    async with AsyncMorphClient(triton.url) as client:
+        answer = await client.generate("say it", sampling=SamplingParams(max_tokens=2, n=2))
+    assert [output.text for output in answer.outputs] == ["w0 w1 ", "1:w0 1:w1 "]
+
+
 async def test_generate_returns_the_whole_answer(triton: FakeTriton) -> None:
     async with connect(triton) as client:
         answer = await client.generate("bare", sampling=SamplingParams(max_tokens=4))

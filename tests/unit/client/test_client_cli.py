@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_fakes import FakeTriton
+from client_fakes import CACHED_TOKENS, FakeTriton
 
 from morph_client.cli import serve
 
@@ -57,6 +57,14 @@ def test_generate_can_print_json(morph: Morph, triton: FakeTriton) -> None:
     assert answer["text"] == "w0 w1 " and answer["levels"] == [0, 0] and answer["rung_share"]["full"] == 1
 
 
+def test_generate_prints_each_of_n_outputs(morph: Morph, triton: FakeTriton) -> None:
+    result = morph("generate", "x", "--url", triton.url, "--max-tokens", 2, "-n", 2)
+    assert result.stdout == "--- 1 of 2 (length)\nw0 w1 \n--- 2 of 2 (length)\n1:w0 1:w1 \n"
+    answer = json.loads(morph("generate", "x", "--url", triton.url, "--max-tokens", 2, "-n", 3, "--json").stdout)
+    assert [output["text"] for output in (answer, *answer["more"])] == ["w0 w1 ", "1:w0 1:w1 ", "2:w0 2:w1 "]
+    assert answer["num_cached_tokens"] == CACHED_TOKENS and answer["num_output_tokens"] == 2
+
+
 @pytest.mark.parametrize(("prompt", "status"), [("refuse", 2), ("full", 1), ("dropped", 130), ("cut", 1)])
 def test_an_error_is_one_sentence_and_a_status(morph: Morph, triton: FakeTriton, prompt: str, status: int) -> None:
     result = morph("generate", prompt, "--url", triton.url)
@@ -68,6 +76,21 @@ def test_without_a_server_the_remedy_is_named(morph: Morph) -> None:
     assert result.exit_code == 1 and "morph serve" in sentence(result)
     assert morph("generate", "x", "--url", "http://localhost").exit_code == 2
     assert "metrics page" in sentence(morph("top", "--once", "--metrics-url", "http://localhost:9/metrics"))
+
+
+def test_the_ports_of_the_server_are_found_in_the_environment(
+    morph: Morph, triton: FakeTriton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MORPH_GRPC_PORT", str(triton.grpc_port))
+    monkeypatch.setenv("MORPH_METRICS_PORT", str(triton.metrics_port))
+    assert morph("generate", "x", "--max-tokens", 1).stdout == "w0 \n"
+    assert "0 of 8" in morph("top", "--once").stdout
+    assert morph("replay", trace(tmp_path)).exit_code == 0
+    monkeypatch.setenv("MORPH_URL", "localhost:9")
+    assert morph("generate", "x").exit_code == 1, "an address wins over a port"
+    monkeypatch.delenv("MORPH_URL")
+    monkeypatch.setenv("MORPH_GRPC_PORT", "x")
+    assert "MORPH_GRPC_PORT must be a port" in sentence(morph("generate", "x"))
 
 
 def test_top_prints_one_page(morph: Morph, triton: FakeTriton) -> None:

@@ -36,6 +36,15 @@ def test_a_stream_yields_text_tokens_and_levels(client: MorphClient) -> None:
     assert 0 < chunks[0].arrival_s <= chunks[-1].arrival_s
 
 
+def test_each_of_n_outputs_is_returned(client: MorphClient) -> None:
+    answer = client.generate("say it", sampling=SamplingParams(max_tokens=2, n=3))
+    assert [output.text for output in answer.outputs] == ["w0 w1 ", "1:w0 1:w1 ", "2:w0 2:w1 "]
+    assert {output.num_output_tokens for output in answer.outputs} == {2}
+    assert all(len(output.token_arrivals_s) == 2 and output.levels == (0, 0) for output in answer.outputs)
+    chunk = next(iter(client.stream("say it", sampling=SamplingParams(max_tokens=2, n=2))))
+    assert [output.text for output in chunk.outputs] == ["w0 ", "1:w0 "]
+
+
 def test_generate_returns_the_whole_answer_with_its_times(client: MorphClient) -> None:
     answer = client.generate("say it", sampling=SamplingParams(max_tokens=4))
     assert answer.text == "w0 w1 w2 w3 " and answer.num_output_tokens == 4

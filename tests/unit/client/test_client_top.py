@@ -64,7 +64,7 @@ def test_a_page_fits_its_width_whatever_the_number_of_layers(width: int, layers:
 def test_a_page_shows_what_an_operator_asks_for() -> None:
     text = drawn(history(state(3)))
     for part in (
-        "mode balanced", "3 of 8", "0 of 88 blocks used (0 %), 24 of them won by morphing", "0 in Triton",
+        "mode balanced", "KV int8", "3 of 8", "0 of 88 blocks used (0 %), 24 of them won by morphing", "0 in Triton",
         "p50   100 ms", "since the start", "3 down", "kv_pressure", "engine up", "weights 100 of 200 MiB",
     ):  # fmt: skip
         assert part in text

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_nested_parameters_are_sent_as_json_and_logprobs_ask_for_their_output() 
 
 
 def test_details_can_be_left_out_for_servers_that_do_not_know_them() -> None:
-    assert not any("morph" in name or "rung" in name for name in build(details=False).flags)
+    assert not any("morph" in name or "rung" in name or "cached" in name for name in build(details=False).flags)
     assert "stream" not in build(stream=False).flags
 
 
@@ -95,6 +96,53 @@ def test_a_response_becomes_a_chunk() -> None:
     assert (chunk.text, chunk.tokens, chunk.levels, chunk.finish_reason) == ("hi", 1, (2,), "length")
     assert chunk.rung_share == RungShare(0.75, 0.0, 0.25)
     assert chunk.num_input_tokens == 5 and chunk.arrival_s == 0.5
+
+
+def test_each_output_gets_its_own_text_tokens_and_levels() -> None:
+    share = json.dumps({"full": 0.5, "w8": 0.0, "w4": 0.5}).encode()
+    ranked = json.dumps([{"7": {"logprob": -0.9, "rank": 2, "decoded_token": "a"}}]).encode()
+    outputs = {
+        "text_output": ("BYTES", bytes_tensor(b"ab", b"", b"c")),
+        "finish_reason": ("BYTES", bytes_tensor(b"None", b"stop", b"None")),
+        "num_output_tokens": ("UINT32", struct.pack("<3I", 2, 0, 1)),
+        "morph_level": ("INT32", struct.pack("<3i", 0, 1, 4)),
+        "rung_share": ("BYTES", bytes_tensor(share, share, share)),
+        "logprobs": ("BYTES", bytes_tensor(b"[]", b"[]", ranked)),
+        "num_cached_tokens": ("UINT32", struct.pack("<I", 32)),
+    }
+    chunk = wire.decode(response(outputs, False).infer_response, 0.0)
+    assert chunk is not None and chunk.num_cached_tokens == 32
+    assert [(o.text, o.tokens, o.levels, o.finish_reason) for o in chunk.outputs] == [
+        ("ab", 2, (0, 1), None), ("", 0, (), "stop"), ("c", 1, (4,), None),
+    ]  # fmt: skip
+    assert [len(o.logprobs) for o in chunk.outputs] == [0, 0, 1]
+
+
+def test_an_answer_is_complete_when_all_its_outputs_have_ended() -> None:
+    def message(*reasons: bytes) -> Any:
+        made = {
+            "text_output": ("BYTES", bytes_tensor(*[b"x"] * len(reasons))),
+            "finish_reason": ("BYTES", bytes_tensor(*reasons)),
+            "num_output_tokens": ("UINT32", struct.pack(f"<{len(reasons)}I", *[1] * len(reasons))),
+        }
+        return response(made, False).infer_response
+
+    reader = wire.ResponseReader()
+    reader.read(message(b"stop", b"None"))
+    with pytest.raises(ServerError, match="ended before its last response"):
+        reader.check_complete()
+    reader.read(message(b"stop", b"length"))
+    reader.check_complete()
+
+
+def test_tensors_that_disagree_on_the_number_of_outputs_break_the_contract() -> None:
+    outputs = {
+        "text_output": ("BYTES", bytes_tensor(b"a", b"b")),
+        "finish_reason": ("BYTES", bytes_tensor(b"None")),
+        "num_output_tokens": ("UINT32", struct.pack("<2I", 1, 1)),
+    }
+    with pytest.raises(ServerError, match="wire contract"):
+        wire.decode(response(outputs, False).infer_response, 0.0)
 
 
 def test_log_probabilities_are_read_in_their_order() -> None:
@@ -164,3 +212,20 @@ def test_a_stream_without_a_last_response_is_reported() -> None:
     reader.read(text_response("a", prompt_tokens=1, level=0, last=False, final=False).infer_response)
     with pytest.raises(ServerError, match="cut off"):
         reader.check_complete()
+
+
+def test_log_probabilities_of_the_prompt_come_with_the_first_chunk() -> None:
+    ranked = {"7": {"logprob": -0.9, "rank": 2, "decoded_token": "a"}}
+    builder = CompletionBuilder()
+    for raw in (json.dumps([None, ranked]), "null"):
+        made = {
+            "text_output": ("BYTES", bytes_tensor(b"a")),
+            "num_output_tokens": ("UINT32", struct.pack("<I", 1)),
+            "prompt_logprobs": ("BYTES", bytes_tensor(raw.encode())),
+        }
+        chunk = wire.decode(response(made, False).infer_response, 0.0)
+        assert chunk is not None
+        builder.add(chunk)
+    assert builder.build().prompt_logprobs == (None, (TokenLogprob(7, "a", -0.9, 2),))
+    assert "return_prompt_logprobs" in build(sampling=SamplingParams(prompt_logprobs=0)).flags
+    assert "return_prompt_logprobs" not in build().flags

@@ -41,7 +41,7 @@ def engines() -> Iterator[EngineFactory]:
     """Makes engines (float32, controller off, integrity checked after each step) and closes them."""
     made: list[Engine] = []
 
-    def make(folder: Path, **sections: dict[str, Any]) -> Engine:
+    def make(folder: Path, **sections: Any) -> Engine:
         settings: dict[str, Any] = {
             "model": {"path": str(folder), "dtype": "float32"},
             "memory": {"kv_tokens": 512, "block_tokens": 8, "extent_kib": 16},
@@ -51,7 +51,7 @@ def engines() -> Iterator[EngineFactory]:
             "check_integrity": True,
         }
         for name, values in sections.items():
-            settings[name] = {**settings.get(name, {}), **values}
+            settings[name] = {**settings.get(name, {}), **values} if isinstance(values, dict) else values
         engine = build_engine(EngineConfig.from_mapping(settings))
         made.append(engine)
         return engine
@@ -61,10 +61,10 @@ def engines() -> Iterator[EngineFactory]:
         engine.close()
 
 
-def submit(engine: Engine, key: int, prompt: list[int], max_tokens: int, **params: Any) -> None:
+def submit(engine: Engine, key: int, prompt: list[int], max_tokens: int, priority: int = 0, **params: Any) -> None:
     """A greedy request that runs to its token limit unless told otherwise."""
     sampling = SamplingParams(**{"max_tokens": max_tokens, "temperature": 0.0, "ignore_eos": True, **params})
-    engine.submit(Submit(key=key, prompt=prompt, sampling=sampling, arrival_s=float(key)))
+    engine.submit(Submit(key=key, prompt=prompt, sampling=sampling, priority=priority, arrival_s=float(key)))
 
 
 def run_all(engine: Engine, between: Callable[[int], None] | None = None) -> dict[int, list[int]]:

@@ -10,6 +10,7 @@ was given blocks goes on from these, after a check of their tokens and of the le
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,9 +65,16 @@ class Moved:
 class Oracle:
     """Replays slices at given rungs."""
 
-    def __init__(self, folder: Path, linears: Callable[[int, str], dict[str, torch.Tensor]]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        linears: Callable[[int, str], dict[str, torch.Tensor]],
+        stored: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ) -> None:
+        """`stored` says what a cache makes of keys or values [tokens, kv_heads, head_dim]."""
         self._weights = load_file(folder / "model.safetensors")
         self._linears = linears
+        self._stored = stored
         self.requests: dict[int, DenseRequest] = {}
 
     def replay(self, key: int, tokens: list[int], start: int, rungs: tuple[str, ...]) -> torch.Tensor:
@@ -89,6 +97,7 @@ class Oracle:
         kv_heads = (qkv.shape[-1] // HEAD_DIM - HEADS) // 2
         q, k, v = qkv.view(len(x), -1, HEAD_DIM).split([HEADS, kv_heads, kv_heads], dim=1)
         q, k = self._rope(q, positions), self._rope(k, positions)
+        k, v = self._stored(k), self._stored(v)
         if layer in state.keys:
             k, v = torch.cat([state.keys[layer], k]), torch.cat([state.values[layer], v])
         state.keys[layer], state.values[layer] = k, v
@@ -124,7 +133,7 @@ def weights_of(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
 
 def record(engine: Engine, log: list[Ran | Moved]) -> None:
     """Write down every slice that the engine runs, with the rungs in force and the logits it gave."""
-    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.decoder, engine.parts.swapper
+    scheduler, decoder, swapper = engine.parts.scheduler, engine.parts.runner.decoder, engine.parts.swapper
     schedule, forward = scheduler.schedule, decoder.forward
     copy_blocks = engine.parts.cache.copy_blocks
     plans: list[StepPlan] = []
@@ -136,8 +145,10 @@ def record(engine: Engine, log: list[Ran | Moved]) -> None:
     def forwarded(batch, layers):  # type: ignore[no-untyped-def]
         logits = forward(batch, layers)
         rows = iter(logits.clone())
+        ids = iter(batch.token_ids.tolist())
         for part in plans[-1].slices:
-            tokens, table = part.request.tokens[: part.start + part.length], list(part.request.blocks)
+            tokens = [*part.request.tokens[: part.start], *itertools.islice(ids, part.length)]
+            table = list(part.request.blocks)
             wanted = next(rows) if part.samples else None
             log.append(Ran(part.request.key, tokens, part.start, engine.level, swapper.rungs, table, wanted))
         return logits
@@ -214,7 +225,9 @@ class Ledger:
             torch.testing.assert_close(given, self._oracle.requests[anew].keys[layer], atol=1e-4, rtol=1e-4)
 
 
-def oracle_for(engine: Engine, folder: Path) -> Oracle:
+def oracle_for(
+    engine: Engine, folder: Path, stored: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
+) -> Oracle:
     """An oracle with what the engine's layers multiply with at each of its levels."""
     dequantized = {}
     for level in range(len(engine.parts.capacities)):
@@ -223,7 +236,7 @@ def oracle_for(engine: Engine, folder: Path) -> Oracle:
             if (layer, rung) not in dequantized:
                 dequantized[layer, rung] = weights_of(engine, layer)
     engine.set_level(0)
-    return Oracle(folder, lambda layer, rung: dequantized[layer, rung])
+    return Oracle(folder, lambda layer, rung: dequantized[layer, rung], stored)
 
 
 def scripted_levels(engine: Engine) -> Callable[[int], None]:
@@ -273,11 +286,13 @@ def test_every_logit_equals_the_reference_with_the_same_level_schedule(
     assert compared == 400
 
 
-@pytest.mark.parametrize("reuse", ["exact", "at_least"])
+@pytest.mark.parametrize("reuse, overlap", [("exact", "off"), ("at_least", "off"), ("at_least", "on")])
 def test_every_logit_equals_the_reference_when_prefixes_are_shared_across_levels(
-    tiny_model: Path, engines: EngineFactory, reuse: str
+    tiny_model: Path, engines: EngineFactory, reuse: str, overlap: str
 ) -> None:
-    engine = engines(tiny_model, morph={"order": "2,0,3,1"}, memory={"kv_tokens": 256}, cache={"reuse": reuse})
+    engine = engines(
+        tiny_model, morph={"order": "2,0,3,1"}, memory={"kv_tokens": 256}, cache={"reuse": reuse}, overlap=overlap
+    )
     oracle = oracle_for(engine, tiny_model)
     log: list[Ran | Moved] = []
     record(engine, log)

@@ -30,19 +30,19 @@ def packed(model: Path, out: Path, dtype: str = "float32", awq: Path | None = No
 def logits_and_tokens(engine: Engine, level: int) -> tuple[list[torch.Tensor], dict[int, list[int]]]:
     """What mixed requests get at a level: every step's logits, and the tokens of each."""
     seen: list[torch.Tensor] = []
-    forward = engine.parts.decoder.forward
+    forward = engine.parts.runner.decoder.forward
 
     def forwarded(batch, layers):  # type: ignore[no-untyped-def]
         seen.append(forward(batch, layers).clone())
         return seen[-1]
 
-    engine.parts.decoder.forward = forwarded  # type: ignore[method-assign]
+    engine.parts.runner.decoder.forward = forwarded  # type: ignore[method-assign]
     engine.set_level(level)
     assert engine.level == level
     for key in range(4):
         submit(engine, key, [1 + key] * (5 + 17 * key), 12)
     tokens = run_all(engine)
-    engine.parts.decoder.forward = forward  # type: ignore[method-assign]
+    engine.parts.runner.decoder.forward = forward  # type: ignore[method-assign]
     return seen, tokens
 
 

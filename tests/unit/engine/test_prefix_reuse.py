@@ -9,7 +9,7 @@ import pytest
 
 from engine.conftest import run_all, submit
 from morph_runtime.engine.batch import make_batch
-from morph_runtime.models.batch import check_batch
+from morph_runtime.models.batch import check_batch, step_batch
 
 if TYPE_CHECKING:
     from engine.conftest import EngineFactory
@@ -47,7 +47,7 @@ def test_the_tokens_of_a_cached_prefix_are_not_run_again(tiny_model: Path, engin
     def counted(level: int):  # type: ignore[no-untyped-def]
         plan = schedule(level)
         batch, sampling = make_batch(plan, 8)
-        check_batch(batch, 8, engine.parts.max_model_len, 200, engine.parts.cache.mapped_blocks)
+        check_batch(step_batch(batch), 8, engine.parts.max_model_len, 200, engine.parts.cache.mapped_blocks)
         assert [request.key for request in sampling] == [part.request.key for part in plan.slices if part.samples]
         counts.append(plan.num_tokens)
         return plan

@@ -60,9 +60,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model"), kv_heads=2)
 
 
-def config_for(folder: Path, **memory: object) -> EngineConfig:
+def config_for(folder: Path, overlap: str = "off", **memory: object) -> EngineConfig:
     return EngineConfig.from_mapping(
         {
+            "overlap": overlap,
             "model": {"path": str(folder), "dtype": "float32"},
             "memory": {"kv_tokens": 512, **memory},
             "morph": {"mode": "off"},
@@ -75,9 +76,9 @@ def recorder() -> Recorder:
     return Recorder()
 
 
-@pytest.fixture
-def client(folder: Path, recorder: Recorder) -> Iterator[EngineClient]:
-    made = EngineClient(config_for(folder), recorder, python=sys.executable)
+@pytest.fixture(params=["off", "on"], ids=["one by one", "overlap"])
+def client(request: pytest.FixtureRequest, folder: Path, recorder: Recorder) -> Iterator[EngineClient]:
+    made = EngineClient(config_for(folder, request.param), recorder, python=sys.executable)
     made.start(60)
     yield made
     made.close()

@@ -156,9 +156,12 @@ def test_selection_lists_every_reason() -> None:
     for rung in ("full", "w8", "w4"):
         with pytest.raises(ConfigError, match="float16"):
             select(rung, LinearShape("o", 128, 256), torch.float16, CPU)  # type: ignore[arg-type]
-    for rung in ("w8", "w4"):
-        with pytest.raises(ConfigError, match="it runs on cpu, not on cuda"):
-            select(rung, LinearShape("o", 128, 256), torch.bfloat16, torch.device("cuda"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind,dtype", CASES[2:])
+def test_a_cpu_kernel_refuses_a_gpu(kind: type[LinearKernel], dtype: torch.dtype) -> None:
+    fits, reason = kind.can_implement(LinearShape("o", 128, 256), dtype, torch.device("cuda"))
+    assert not fits and "it runs on cpu, not on cuda" in reason
 
 
 def test_an_unknown_int4_layout_falls_back_to_the_portable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

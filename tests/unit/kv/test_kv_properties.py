@@ -18,6 +18,10 @@ LAYOUTS = [
     KVLayout(2, 2, 64, 16, torch.bfloat16),  # several blocks to an extent
     KVLayout(2, 8, 64, 32, torch.float32),  # several extents to a block
     KVLayout(1, 3, 40, 16, torch.bfloat16),  # neither divides the other
+    KVLayout(3, 1, 64, 16, torch.bfloat16, planes_per_range=6),  # all planes in one range
+    KVLayout(4, 2, 64, 16, torch.bfloat16, planes_per_range=2),  # K and V of a layer together
+    KVLayout(3, 2, 64, 16, torch.int8, side_bytes=128, planes_per_range=2),  # something beside the elements
+    KVLayout(2, 3, 40, 8, torch.int8, side_bytes=64, planes_per_range=4),
 ]
 
 
@@ -36,10 +40,11 @@ class KVMachine(RuleBasedStateMachine):
     def write(self, blocks: list[int]) -> bytes:
         """Give these blocks content of their own; returns its digest."""
         for layer in range(self.cache.layout.num_layers):
-            for tensor in (self.cache.k(layer), self.cache.v(layer)):
+            cache = self.cache
+            for tensor in (cache.k(layer), cache.v(layer), cache.k_side(layer), cache.v_side(layer)):
                 for block in blocks:
                     self.fill += 1
-                    tensor[block].fill_(self.fill % 251)
+                    tensor[block].fill_(self.fill % 127)
         return self.cache.digest(blocks)
 
     @rule(quanta=st.integers(0, 4))
@@ -50,8 +55,9 @@ class KVMachine(RuleBasedStateMachine):
         except ArenaExhausted:
             assert self.cache.mapped_blocks == before
             return
-        fresh = self.cache.k(0)[before : self.cache.mapped_blocks]
-        assert not fresh.any(), "memory that held something else must be zeroed"
+        for view in (self.cache.k(0), self.cache.v_side(self.cache.layout.num_layers - 1)):
+            fresh = view[before : self.cache.mapped_blocks]
+            assert not fresh.any(), "memory that held something else must be zeroed"
         self.pool.grow(self.cache.mapped_blocks)
 
     @rule(count=st.integers(0, 12))

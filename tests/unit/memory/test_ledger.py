@@ -58,6 +58,29 @@ def test_weights_staging_and_kv_fit_the_budget_at_every_level_and_less_than_a_qu
     assert capacities[0] >= 4
 
 
+@given(
+    budget=st.integers(0, 300), full=st.integers(300, 40 * EXTENT), share8=st.floats(0.4, 0.7),
+    layers=st.integers(1, 8), cost=st.integers(1, 9),
+)  # fmt: skip
+def test_slots_of_any_size_fit_at_every_level_and_the_capacity_never_falls_on_the_way_down(
+    budget: int, full: int, share8: float, layers: int, cost: int
+) -> None:
+    """Also slots much smaller than an extent, of which a second rung takes a whole extent more."""
+    try:
+        ledger = plan(
+            budget * EXTENT, ("w8", "w4"), num_layers=layers, quantum=KVQuantum(3, cost),
+            slot_bytes={"full": full, "w8": int(full * share8), "w4": int(full * share8 / 2)},
+        )  # fmt: skip
+    except ConfigError:
+        return
+    capacities = [ledger.kv_blocks_at_level(level) for level in range(ledger.max_level + 1)]
+    assert capacities == sorted(capacities)
+    assert capacities[0] >= 4
+    for level, blocks in enumerate(capacities):
+        used = ledger.static_extents + ledger.weight_extents(level) + ledger.staging_extents + blocks // 3 * cost
+        assert used <= ledger.total_extents
+
+
 def test_without_a_budget_it_is_made_to_hold_the_wanted_tokens() -> None:
     assert plan(0).kv_blocks_at_level(0) * 16 == 512
 

@@ -23,7 +23,8 @@ def busy_scheduler() -> Scheduler:
         plan = scheduler.schedule(0)
         for request in plan.started:
             request.started_s = 10.0
-        scheduler.complete(plan, {s.request.key: 1 for s in plan.slices if s.samples}, 0)
+        scheduler.advance(plan)
+        scheduler.resolve(plan, [1 for part in plan.slices if part.samples], 0)
     return scheduler
 
 

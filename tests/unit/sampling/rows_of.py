@@ -23,4 +23,4 @@ def row(params: SamplingParams, output: Sequence[int] = (), prompt: Sequence[int
 
 
 def sampler(eos: tuple[int, ...] = (0,)) -> Sampler:
-    return Sampler(eos, torch.device("cpu"))
+    return Sampler(eos, torch.device("cpu"), seed=torch.initial_seed())

@@ -36,7 +36,8 @@ class House:
         """Run one step; (request, start, length) of its slices."""
         plan = self.scheduler.schedule(level)
         slices = [(part.request.key, part.start, part.length) for part in plan.slices]
-        self.scheduler.complete(plan, {part.request.key: 9 for part in plan.slices if part.samples}, level)
+        self.scheduler.advance(plan)
+        self.scheduler.resolve(plan, [9 for part in plan.slices if part.samples], level)
         self.pool.check_integrity()
         self.scheduler.check_integrity()
         return slices

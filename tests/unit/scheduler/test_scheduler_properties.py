@@ -3,9 +3,14 @@
 A stand-in for the KV cache remembers what was written where: all tokens up to a position, and every level
 that its keys and values depend on. So a wrong block table, a missed migration, a prefix that is not
 the request's own, or one of a precision that `cache.reuse` forbids, shows as a wrong read.
+
+With overlap, a step reads and writes only when it is resolved, after the next one was scheduled: so a block that is
+freed, given away or offered to others too early shows too.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from morph_runtime.config import REUSES, CacheSettings, SchedulerSettings
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.kv import BlockPool, CannotShrink
-from morph_runtime.scheduler import PrefixCache, Request, Scheduler
+from morph_runtime.scheduler import PrefixCache, Request, Scheduler, StepPlan
 
 BLOCK_TOKENS = 4
 BASE_BLOCKS = 12
@@ -25,16 +30,16 @@ STEMS = ([1] * 24, [1] * 9 + [2] * 15)
 """Prompts begin with pieces of these, so that they share prefixes of many lengths."""
 
 
-def next_token(request: Request) -> int:
+def next_token(tokens: list[int]) -> int:
     """A deterministic stand-in for the model: depends on every token so far."""
-    return (sum(request.tokens) * 31 + len(request.tokens)) % 50
+    return (sum(tokens) * 31 + len(tokens)) % 50
 
 
 def reference_output(prompt: list[int], sampling: SamplingParams) -> list[int]:
     """What the request must produce, whatever happens around it."""
     tokens = list(prompt)
     while True:
-        tokens.append((sum(tokens) * 31 + len(tokens)) % 50)
+        tokens.append(next_token(tokens))
         length = len(tokens) - len(prompt)
         if tokens[-1] == EOS and not sampling.ignore_eos and length >= sampling.min_tokens:
             break
@@ -43,12 +48,31 @@ def reference_output(prompt: list[int], sampling: SamplingParams) -> list[int]:
     return tokens[len(prompt) :]
 
 
+@dataclass
+class Slice:
+    """What a step does to one request, as the device knows it: a copy of its block table, unknown tokens < 0."""
+
+    key: int
+    tokens: list[int]
+    start: int
+    reused_from: int
+    blocks: list[int]
+    samples: bool
+
+
+@dataclass
+class Flight:
+    plan: StepPlan
+    slices: list[Slice]
+    level: int
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
         seqs=st.integers(1, 8), tokens=st.integers(8, 40), watermark=st.sampled_from([0.0, 0.1]),
-        reuse=st.sampled_from([*REUSES, "off"]),
+        reuse=st.sampled_from([*REUSES, "off"]), overlap=st.booleans(),
     )  # fmt: skip
-    def start(self, seqs: int, tokens: int, watermark: float, reuse: str) -> None:
+    def start(self, seqs: int, tokens: int, watermark: float, reuse: str, overlap: bool) -> None:
         self.settings = SchedulerSettings(max_num_seqs=seqs, max_num_batched_tokens=tokens, watermark=watermark)
         self.pool = BlockPool(BASE_BLOCKS)
         self.reuse = reuse
@@ -63,6 +87,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.expected: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
         self.key = 0
+        self.overlap = overlap
+        self.flight: Flight | None = None
+        self.sampled: list[int] = []
+        """By the step that was resolved last."""
 
     @rule(
         stem=st.sampled_from(STEMS),
@@ -91,6 +119,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.requests)))
         cancelled = self.scheduler.cancel(key)
         assert (cancelled is None) == (key in self.ended)
+        if cancelled is not None:
+            told = self.expected[key][: cancelled.output_len]
+            assert cancelled.tokens[cancelled.prompt_len :] == told, "what is not known yet is dropped"
         self.ended.setdefault(key, "cancelled")
 
     @rule(level=st.integers(0, 2))
@@ -98,39 +129,61 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.level = level
         self.step()
 
-    def content(self, request: Request, position: int) -> tuple[list[int], frozenset[int]]:
-        tokens, levels = self.kv[request.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS]
-        assert tokens == request.tokens[: position + 1]
-        return tokens, levels
+    def read(self, part: Slice, tokens: list[int], position: int) -> frozenset[int]:
+        """The levels that the content of a request's position depends on; it must be of these very tokens."""
+        written, levels = self.kv[part.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS]
+        assert written == tokens[: position + 1]
+        return levels
 
-    def may_reuse(self, levels: frozenset[int]) -> bool:
-        at_least = max(levels) <= self.level
-        return {"exact": levels == {self.level}, "at_least": at_least, "any": True, "off": False}[self.reuse]
+    def may_reuse(self, levels: frozenset[int], level: int) -> bool:
+        at_least = max(levels) <= level
+        return {"exact": levels == {level}, "at_least": at_least, "any": True, "off": False}[self.reuse]
 
     @rule()
     def step(self) -> None:
+        if self.scheduler.must_preempt:
+            self.settle()
         plan = self.scheduler.schedule(self.level)
         for request in plan.preempted:
             self.computed[request.key] = 0
         assert plan.num_tokens <= self.settings.max_num_batched_tokens
         assert len({s.request.key for s in plan.slices}) == len(plan.slices)
-        sampled = {}
-        for part in plan.slices:
-            request, stop = part.request, part.start + part.length
-            assert part.length > 0, "the last token is computed, whatever is cached"
-            for position in range(self.computed.get(request.key, 0), part.start):
-                assert self.may_reuse(self.content(request, position)[1])
-            for position in range(part.start, stop):
-                block = request.blocks[position // BLOCK_TOKENS]
+        slices = []
+        for request, start, length, samples in plan.slices:
+            assert length > 0, "the last token is computed, whatever is cached"
+            reused_from = self.computed.get(request.key, 0)
+            tokens = request.tokens[: start + length]
+            slices.append(Slice(request.key, tokens, start, reused_from, list(request.blocks), samples))
+            self.computed[request.key] = start + length
+        launched = Flight(plan, slices, self.level) if slices else None
+        if launched:
+            self.scheduler.advance(plan)
+        self.settle()
+        self.flight = launched
+        if not self.overlap:
+            self.settle()
+
+    def settle(self) -> None:
+        """Do now what the step in flight was launched for, with the blocks and tokens that it was launched with."""
+        flight, self.flight = self.flight, None
+        if flight is None:
+            return
+        before, self.sampled = self.sampled, []
+        for part in flight.slices:
+            tokens = [token if token >= 0 else before[-1 - token] for token in part.tokens]
+            for position in range(part.reused_from, part.start):
+                assert self.may_reuse(self.read(part, tokens, position), flight.level)
+            for position in range(part.start, len(tokens)):
+                block = part.blocks[position // BLOCK_TOKENS]
                 assert self.pool.holders(block) == 1, "a block that is written has one holder"
-                before = self.content(request, position - 1)[1] if position else frozenset()
-                self.kv[block, position % BLOCK_TOKENS] = (request.tokens[: position + 1], before | {self.level})
-            for position in range(stop):
-                self.content(request, position)
-            self.computed[request.key] = stop
+                assert not self.pool.is_kept(block), "a block that is written cannot be found yet"
+                levels = self.read(part, tokens, position - 1) if position else frozenset()
+                self.kv[block, position % BLOCK_TOKENS] = (tokens[: position + 1], levels | {flight.level})
+            for position in range(len(tokens)):
+                self.read(part, tokens, position)
             if part.samples:
-                sampled[request.key] = next_token(request)
-        for request, reason in self.scheduler.complete(plan, sampled, self.level):
+                self.sampled.append(next_token(tokens))
+        for request, reason in self.scheduler.resolve(flight.plan, self.sampled, flight.level):
             assert request.key not in self.ended
             self.ended[request.key] = reason
             assert request.tokens[request.prompt_len :] == self.expected[request.key]
@@ -142,6 +195,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pool.capacity > BASE_BLOCKS)
     @rule(blocks=st.integers(1, 6))
     def shrink(self, blocks: int) -> None:
+        self.settle()  # as the engine does before blocks move
         capacity = self.pool.capacity
         used = self.pool.num_used
         smaller = max(BASE_BLOCKS, capacity - blocks)
@@ -176,6 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not (self.scheduler.num_running or self.scheduler.num_waiting):
                 break
             self.step()
+        self.settle()
         assert set(self.ended) == set(self.requests)
         assert self.pool.num_used == 0
 
@@ -201,7 +256,8 @@ def request(key: int, prompt: int, *, max_tokens: int = 8, priority: int = 1) ->
 
 def run_step(scheduler: Scheduler) -> list[tuple[int, int, int]]:
     plan = scheduler.schedule(0)
-    scheduler.complete(plan, {s.request.key: 1 for s in plan.slices if s.samples}, 0)
+    scheduler.advance(plan)
+    scheduler.resolve(plan, [1 for part in plan.slices if part.samples], 0)
     return [(s.request.key, s.start, s.length) for s in plan.slices]
 
 
@@ -255,5 +311,7 @@ def test_a_stop_token_ends_a_request_even_when_eos_does_not(ignore_eos: bool, en
     scheduler.add(Request(1, [1, 1], 2, sampling))
     ended = []
     for token in (9, EOS, 9):  # the first comes before min_tokens
-        ended += scheduler.complete(scheduler.schedule(0), {1: token}, 0)
+        plan = scheduler.schedule(0)
+        scheduler.advance(plan)
+        ended += scheduler.resolve(plan, [token], 0)
     assert [(request.output_len, reason) for request, reason in ended] == [(ends_after, "stop")]

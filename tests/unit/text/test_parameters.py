@@ -17,6 +17,7 @@ LIMITS = ParameterLimits(
     max_stop_chars=5,
     max_bad_words=2,
     max_token_ids=4,
+    max_outputs=8,
     vocab_size=50,
     max_json_bytes=4096,
 )
@@ -71,8 +72,10 @@ def test_numbers_may_be_strings() -> None:
         ({"stop_token_ids": "[1, 2]"}, "stop_token_ids", (1, 2)),
         ({"bad_words": ["a", "b"]}, "bad_words", ("a", "b")),
         ({"bad_words": "a"}, "bad_words", ("a",)),
+        ({"n": "3"}, "n", 3),
         ({"logprobs": "0"}, "logprobs", 0),
         ({"logprobs": 20}, "logprobs", 20),
+        ({"prompt_logprobs": "2"}, "prompt_logprobs", 2),
     ],
 )
 def test_values_are_coerced(source: dict[str, Any], field: str, value: Any) -> None:
@@ -97,9 +100,15 @@ def test_keys_that_vllm_knows_pass_at_their_default(source: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     "source, field, said",
     [
-        ({"n": 2}, "n", "only its default, 1,"),
+        ({"n": 9}, "n", "between 1 and 8"),
+        ({"n": 0}, "n", "between 1 and 8"),
+        ({"n": 2, "temperature": 0}, "n", "must be 1 with greedy sampling"),
         ({"best_of": 3}, "best_of", "not supported"),
-        ({"prompt_logprobs": 0}, "prompt_logprobs", "not supported yet"),
+        ({"temperature": "1_0"}, "temperature", "finite number"),
+        ({"max_tokens": "1_0"}, "max_tokens", "whole number"),
+        ({"logit_bias": {"3": "1_0"}}, "logit_bias", "finite number"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", "between 0 and 20"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs", "between 0 and 20"),
         ({"detokenize": False}, "detokenize", "not supported"),
         ({"use_beam_search": True}, "use_beam_search", "not supported"),
         ({"stop_token_ids": 1}, "stop_token_ids", "list of token ids"),

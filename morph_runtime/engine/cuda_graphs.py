@@ -1,0 +1,92 @@
+"""CUDA graphs of decode steps: one for a whole step where all layers are at one rung, one per layer and rung else.
+
+A level is reached layer by layer, so a graph for every level and batch size would be thousands. Where every layer
+has the same rung (no load, or the end of a rung) one graph holds the step; in between a step is a chain of short
+graphs, which costs the GPU about 2.6 us a layer. All are captured at start, for addresses
+never change; a capture runs nothing, so the slots need no memory of their own (`CudaPageArena.backed`).
+"""
+
+from __future__ import annotations
+
+import gc
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+
+MAX_SIZES = 16
+
+
+def graph_sizes(max_sequences: int) -> tuple[int, ...]:
+    """Batch sizes to capture, ascending, at most 16 of them; a step is padded to the next.
+
+    1, 2, 4, 8, then in steps of 8 to 32, of 16 to 96, of 32 to 256, and of an eighth of the greatest beyond.
+    """
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < max_sequences:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 32 else 16 if last < 96 else 32 if last < 256 else max_sequences // 8))
+    sizes = [*(n for n in sizes if n < max_sequences), max_sequences]
+    while len(sizes) > MAX_SIZES:  # drop where the next size wastes least
+        del sizes[min(range(3, len(sizes) - 1), key=lambda i: sizes[i + 1] / sizes[i - 1])]
+    return tuple(sizes)
+
+
+class GraphSet:
+    """Captured graphs by key. They share one memory pool: they are replayed one at a time, in one stream's order."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
+
+    def __len__(self) -> int:
+        """Graphs that have been captured."""
+        return len(self._graphs)
+
+    @property
+    def coarse(self) -> tuple[int, ...]:
+        """The powers of two among the sizes, and the largest: quantized layers have graphs of these alone.
+
+        Their kernels' tiles hold a power of two of rows, so sizes between would cost as much as the next.
+        """
+        return tuple(size for size in self.sizes if size & (size - 1) == 0 or size == self.sizes[-1])
+
+    def size_for(self, rows: int, fine: bool) -> int:
+        """The smallest captured batch size that holds `rows`; 0: none does.
+
+        Args:
+            rows: of the step.
+            fine: the step runs as one graph at full precision.
+        """
+        sizes = self.sizes if fine else self.coarse
+        at = bisect_left(sizes, rows)
+        return sizes[at] if at < len(sizes) else 0
+
+    def capture(self, key: tuple[object, ...], stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
+        """Capture what `work` enqueues; nothing runs. Its results live in the pool until the next capture's."""
+        graph = torch.cuda.CUDAGraph()
+        collecting = gc.isenabled()
+        gc.disable()  # freeing another graph in the middle of a capture would end it
+        # Not torch.cuda.graph: that collects garbage and empties the cache around each of hundreds of captures.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
+                if collecting:
+                    gc.enable()
+        self._graphs[key] = graph
+
+    def replay(self, key: tuple[object, ...]) -> bool:
+        """Run a graph on the current stream; False if there is none under this key."""
+        graph = self._graphs.get(key)
+        if graph is None:
+            return False
+        graph.replay()
+        return True
+
+    def close(self) -> None:
+        """Free all graphs."""
+        self._graphs.clear()

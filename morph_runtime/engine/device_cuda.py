@@ -1,0 +1,204 @@
+"""A GPU as the engine's device.
+
+The budget is what NVML shows of this process: context, libraries, workspaces, graphs and arena. All but
+the arena are made first, over an arena that just holds the weights; then they are measured, and the arena gets what
+is left of the budget.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from morph_runtime.config import EngineConfig
+from morph_runtime.engine.cuda_attention import StepAttention
+from morph_runtime.engine.cuda_graphs import GraphSet, graph_sizes
+from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.cuda_runner import CudaRunner
+from morph_runtime.engine.devices import EngineDevice, RunnerParts
+from morph_runtime.engine.environment import cpu_threads
+from morph_runtime.engine.opening import OpenModel
+from morph_runtime.engine.runner import StepRunner
+from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.kv_format import KVFormat
+from morph_runtime.kernels.rung import Rung
+from morph_runtime.kv import KVLayout
+from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.cuda import CudaPageArena
+from morph_runtime.memory.cuda_order import StreamOrder
+from morph_runtime.memory.fence import DeviceOrder
+from morph_runtime.memory.gpu import GpuMemory
+from morph_runtime.memory.ledger import GIB, Ledger
+from morph_runtime.models.cuda_decoder import CudaDecoder
+from morph_runtime.morph.filling import LayerFiller
+from morph_runtime.morph.filling_cuda import StreamFiller
+from morph_runtime.sampling.sampler import Sampler
+from morph_runtime.weights.hoststore import PinnedStore
+from morph_runtime.weights.slots import LayerSlots
+
+EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
+"""Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
+size, so large ones make shifts cheap; but the KV cache grows by an extent at a time, and less than one may lie idle."""
+PLANES_PER_RANGE = 2**16
+"""All of them: block-major. Decode reads every layout at the same speed (bench/gpu_kernels, kv_layout), and one range
+makes the growth quantum one extent."""
+OUTSIDE_BYTES = 2 * GIB
+"""Upper bound of context, libraries, graphs and PyTorch's pools, apart from what depends on the model."""
+MARGIN_BYTES = 64 * 2**20
+"""Left free in the budget: what PyTorch's pools may still grow by."""
+OLDEST = (8, 0)
+OLDEST_FP8 = (8, 9)
+
+
+class CudaDevice(EngineDevice):
+    """The first GPU that the process sees."""
+
+    def __init__(self) -> None:
+        """Create the CUDA context.
+
+        Raises:
+            ConfigError: there is no GPU that can be used, with the reason.
+        """
+        self._memory = GpuMemory()  # before there is a context
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "device is cuda, but PyTorch finds no CUDA GPU: check the driver and that torch is a CUDA build, or "
+                "set MORPH_DEVICE=cpu."
+            )
+        self._device = torch.device("cuda", 0)
+        capability = torch.cuda.get_device_capability(self._device)
+        if capability < OLDEST:
+            raise ConfigError(
+                f"The GPU is {torch.cuda.get_device_name(self._device)} (SM{capability[0]}{capability[1]}), but SM80 "
+                "is the oldest that is served: use a newer one, or set MORPH_DEVICE=cpu."
+            )
+        torch.cuda.init()
+        # One stream for all steps, current for the engine's thread from here on.
+        self._stream = torch.cuda.Stream(self._device, priority=-1)
+        torch.cuda.set_stream(self._stream)
+        self._order = StreamOrder(self._stream)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """See `EngineDevice.torch_device`."""
+        return self._device
+
+    @property
+    def order(self) -> DeviceOrder:
+        """See `EngineDevice.order`."""
+        return self._order
+
+    @property
+    def planes_per_range(self) -> int:
+        """See `EngineDevice.planes_per_range`."""
+        return PLANES_PER_RANGE
+
+    @property
+    def zeroes_kv(self) -> bool:
+        """The kernels mask what they load."""
+        return False
+
+    def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
+        """Its kernels read the type of the activations and, where the GPU converts it, float8; no scales."""
+        if kv_format.scaled:
+            return False, "its kernels read no scales yet: use fp8"
+        if kv_format.element == torch.float8_e4m3fn and torch.cuda.get_device_capability(self._device) < OLDEST_FP8:
+            return False, "this GPU has no float8, which SM89 and newer have: use auto"
+        return True, ""
+
+    def extent_bytes(self, budget_bytes: int) -> int:
+        """See `EngineDevice.extent_bytes`."""
+        return next(size for least, size in EXTENTS if budget_bytes >= least)
+
+    def workspace_bytes(
+        self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int
+    ) -> int:
+        """A bound before anything is measured; `fit` replaces it by what it came to."""
+        spec, tokens = model.spec, config.scheduler.max_num_batched_tokens
+        width = 2 * spec.hidden + 3 * spec.ffn + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+        logits = 3 * 4 * config.scheduler.max_num_seqs * spec.vocab
+        return OUTSIDE_BYTES + 2 * tokens * width + logits + model.slots.scratch_bytes
+
+    def arena(self, ledger: Ledger, config: EngineConfig) -> PageArena:
+        """Static weights, layers, staging and the least KV cache; or all of it if no budget is set."""
+        total = ledger.total_extents
+        if config.memory.budget_gib:
+            total = min(total, ledger.fixed_extents + ledger.quantum.extents)
+        return CudaPageArena(total, ledger.extent_bytes)
+
+    def fill_static(self, model: OpenModel, slot: torch.Tensor) -> None:
+        """By way of the host."""
+        host = torch.empty(model.static.static_bytes, dtype=torch.uint8)
+        model.static.fill(host)
+        slot.copy_(host)
+
+    def filler(self, config: EngineConfig, model: OpenModel) -> LayerFiller:
+        """Reads and pins the full precision, and the W4 of an AWQ checkpoint."""
+        kept: dict[Rung, LayerSlots] = {"full": model.host_slots()}
+        if model.slots.reads_w4:
+            kept["w4"] = model.slots
+        store = PinnedStore(kept, model.spec.layers)
+        return StreamFiller(model.slots, store, self._stream, config.morph.depth)
+
+    def runner(self, parts: RunnerParts) -> StepRunner:
+        """Compiles, warms up and captures."""
+        config, spec = parts.config, parts.model.spec
+        # What loading has left in PyTorch's pool would be carved up by what lives on, and stay. What the warm-up
+        # leaves there is kept: steps will need it again.
+        torch.cuda.empty_cache()
+        sequences, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
+        scratch = torch.empty(parts.model.slots.scratch_bytes, dtype=torch.uint8, device=self._device)
+        decoder = CudaDecoder(spec, parts.static, parts.cache, scratch, parts.max_model_len)
+        max_blocks = -(-parts.max_model_len // config.memory.block_tokens)
+        inputs = StepInputs(tokens, sequences, max_blocks, self._device)
+        graphs = GraphSet(graph_sizes(sequences)) if config.kernels.graphs else None
+        runner = CudaRunner(
+            decoder,
+            StepAttention(spec, parts.cache, inputs, parts.max_model_len),
+            inputs,
+            parts.swapper,
+            Sampler(spec.eos_ids, self._device, cpu_threads(config)),
+            graphs,
+            torch.zeros(tokens, spec.hidden, dtype=parts.model.slots.dtype, device=self._device),
+        )
+        self._note("before warm-up", parts.arena)
+        rungs = parts.model.slots.rungs
+        for rung in rungs:
+            with parts.swapper.borrow(0, rung) as layer:
+                runner.warm_up(layer)
+                torch.cuda.synchronize(self._device)  # the slot is given back
+        assert isinstance(parts.arena, CudaPageArena)
+        self._note("after warm-up", parts.arena)
+        with parts.arena.backed():
+            runner.capture(self._stream, parts.swapper.bind, rungs)
+        torch.cuda.synchronize(self._device)
+        self._note("after capture", parts.arena)
+        return runner
+
+    def _note(self, when: str, arena: PageArena) -> None:
+        """Log what is taken outside the arena."""
+        outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes
+        logging.getLogger(__name__).info(
+            "outside the arena %s: %.0f MiB, of which PyTorch holds %.0f and uses %.0f", when, outside / 2**20,
+            torch.cuda.memory_reserved(self._device) / 2**20, torch.cuda.memory_allocated(self._device) / 2**20,
+        )  # fmt: skip
+
+    def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:
+        """See `EngineDevice.fit`."""
+        assert isinstance(arena, CudaPageArena)
+        outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes + MARGIN_BYTES
+        if arena.total_extents == ledger.total_extents:
+            return replace(ledger, workspace_bytes=outside)
+        fitted = replace(
+            ledger, workspace_bytes=outside, total_extents=(ledger.budget_bytes - outside) // ledger.extent_bytes
+        )
+        if fitted.total_extents < arena.total_extents:
+            needed = (arena.total_extents * arena.extent_bytes + outside) / GIB
+            raise ConfigError(
+                f"memory.budget_gib is {ledger.budget_bytes / GIB:.4g}, but this model needs at least {needed:.4g} GiB."
+            )
+        arena.extend(fitted.total_extents - arena.total_extents)
+        return fitted

@@ -1,0 +1,44 @@
+"""How much of the GPU's memory this process has taken, as NVML shows it."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from morph_runtime.errors import ConfigError
+
+
+class GpuMemory:
+    """Measured against what others had taken when this was made, before the process has a CUDA context.
+
+    (NVML's figures by process are not to be had in containers.)
+    """
+
+    def __init__(self) -> None:
+        """Ask NVML for the GPU that is CUDA's first.
+
+        Raises:
+            ConfigError: NVML does not answer.
+        """
+        import pynvml
+
+        self._nvml: Any = pynvml
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
+        try:
+            pynvml.nvmlInit()
+            if first.startswith("GPU-"):
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(first)
+            else:
+                self._handle = pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
+            self._before = self._used()
+        except pynvml.NVMLError as error:
+            raise ConfigError(
+                f"device is cuda, but NVML does not answer ({error}): check the driver, or set MORPH_DEVICE=cpu."
+            ) from error
+
+    def used_bytes(self) -> int:
+        """Bytes taken since."""
+        return self._used() - self._before
+
+    def _used(self) -> int:
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)

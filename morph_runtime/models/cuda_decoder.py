@@ -1,0 +1,152 @@
+"""The decoder on a GPU: the operations of a step over static buffers, so that they can be captured in graphs.
+
+It runs what it is told, in pieces (`embed`, `layer`, `head`); which of them come out of a graph is the runner's
+business (engine.cuda_runner). Like the CPU's decoder it knows nothing of morphing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.activation import Fp8Rows
+from morph_runtime.kernels.attention import PagedKV
+from morph_runtime.kernels.cuda.embed import embed
+from morph_runtime.kernels.cuda.fused import add_norm, quantize_rows, swiglu
+from morph_runtime.kernels.cuda.rope import rope_store
+from morph_runtime.kernels.rope import RopeTable
+from morph_runtime.weights.bound import BoundLinear, LayerWeights
+from morph_runtime.weights.spec import ModelSpec
+from morph_runtime.weights.static import StaticTensors
+
+Attend = Callable[[Tensor, int, int], Tensor]
+"""(q [T, heads, head_dim], layer, window) -> [T, heads * head_dim]: attention over what has been stored."""
+
+
+@dataclass(frozen=True)
+class StepTensors:
+    """The inputs of a step on the device; views of static buffers."""
+
+    token_ids: Tensor
+    """int64 [T]; -1 - row: what the step before sampled in that row"""
+    positions: Tensor
+    """int64 [T]"""
+    slots: Tensor
+    """int64 [T]; -1: a padding row"""
+
+
+class CudaDecoder:
+    """Runs pieces of a step on the current stream. One thread at a time."""
+
+    def __init__(
+        self, spec: ModelSpec, static: StaticTensors, kv: PagedKV, scratch: Tensor, max_model_len: int
+    ) -> None:
+        """Look up what stays the same for life.
+
+        Args:
+            spec: the model.
+            static: embedding, final norm and output matrix, on the device.
+            kv: the cache.
+            scratch: uint8 [>= LayerSlots.scratch_bytes], overwritten by every layer.
+            max_model_len: tokens of the longest request.
+
+        Raises:
+            ConfigError: the cache has another shape than the model.
+        """
+        keys = kv.k(0)
+        if tuple(keys.shape[2:]) != (spec.kv_heads, spec.head_dim):
+            raise ConfigError(
+                f"The KV cache holds {tuple(keys.shape[2:])} per token, but the model needs "
+                f"{(spec.kv_heads, spec.head_dim)}."
+            )
+        self._spec, self._static, self._scratch = spec, static, scratch
+        self._k = [kv.k(layer) for layer in range(spec.layers)]
+        self._v = [kv.v(layer) for layer in range(spec.layers)]
+        self._table = RopeTable(spec.rope, spec.head_dim, max_model_len, static.embedding.dtype).to(keys.device)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Memory that it holds for life, `scratch` apart: the rotary table."""
+        return self._table.nbytes
+
+    def embed(self, step: StepTensors, sampled: Tensor, hidden: Tensor) -> None:
+        """Write the embeddings of the step's tokens.
+
+        Args:
+            step: [T] tokens.
+            sampled: int64 [rows of the step before]: what that one sampled.
+            hidden: [T, hidden], overwritten.
+        """
+        embed(step.token_ids, sampled, self._static.embedding, hidden)
+
+    def layer(
+        self,
+        layer: LayerWeights,
+        step: StepTensors,
+        hidden: Tensor,
+        delta: Tensor | None,
+        attend: Attend,
+        wanted: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run one layer.
+
+        Args:
+            layer: its weights, at any rung.
+            step: [T] tokens.
+            hidden: [T, hidden], the residual stream; `delta` and the attention's part are added in place.
+            delta: [T, hidden], what the layer before wants added; None: nothing.
+            attend: the attention of this step.
+            wanted: int64 [R]: the tokens that matter behind the attention (in the last layer); None: all.
+
+        Returns:
+            The residual stream of the tokens that matter, `hidden` itself if that is all, and what is to be added to
+            it after this layer: [R or T, hidden] each.
+        """
+        spec, rows = self._spec, hidden.shape[0]
+        x = add_norm(hidden, delta, layer.input_norm, spec.norm_eps, fp8=layer.qkv.kernel.wants_fp8(rows))
+        qkv = self._run(layer.qkv, x)
+        k_cache, v_cache = self._k[layer.layer], self._v[layer.layer]
+        rope_store(
+            qkv, step.positions, step.slots, self._table.tensor, k_cache, v_cache,
+            spec.heads, spec.kv_heads, spec.head_dim, layer.qk_norm, spec.norm_eps,
+        )  # fmt: skip
+        queries = qkv[:, : spec.heads * spec.head_dim].view(rows, spec.heads, spec.head_dim)
+        mixed = attend(queries, layer.layer, spec.windows[layer.layer])
+        if wanted is not None:
+            mixed, hidden = mixed.index_select(0, wanted), hidden.index_select(0, wanted)
+            rows = hidden.shape[0]
+        o = self._run(layer.o, mixed)
+        x = add_norm(hidden, o, layer.post_norm, spec.norm_eps, fp8=layer.gate_up.kernel.wants_fp8(rows))
+        gate_up = self._run(layer.gate_up, x)
+        return hidden, self._run(layer.down, swiglu(gate_up, fp8=layer.down.kernel.wants_fp8(rows)))
+
+    def head(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+        """The logits of tokens.
+
+        Args:
+            hidden: [R, hidden]; `delta` is added in place.
+            delta: [R, hidden] or None.
+
+        Returns:
+            [R, vocab] of the activations' type.
+        """
+        x = add_norm(hidden, delta, self._static.final_norm, self._spec.norm_eps)
+        assert isinstance(x, Tensor)
+        return F.linear(x, self._static.lm_head)
+
+    def _run(self, linear: BoundLinear, x: Tensor | Fp8Rows) -> Tensor:
+        """x W^T + b; quantizes what has not been quantized on the way."""
+        if isinstance(x, Tensor):
+            if linear.input_scale is not None:
+                x = x * linear.input_scale
+            if linear.kernel.wants_fp8(x.shape[0]):
+                x = quantize_rows(x)
+        if isinstance(x, Fp8Rows):
+            y = linear.kernel.run_fp8(x, linear.tensors, self._scratch)
+        else:
+            y = linear.kernel.run(x, linear.tensors, self._scratch)
+        return y if linear.bias is None else y.add_(linear.bias)

@@ -1,0 +1,115 @@
+"""Filling slots on a GPU, on a stream of its own beside the steps.
+
+On the way down the quantized bytes never cross PCIe: the kernels' own `pack` makes them from the
+full-precision weights that are on the GPU. It takes a fraction of a step, so the steps that follow are
+simply put behind it. On the way up the full precision is copied from pinned host memory; that takes
+longer than a step, so the layer flips only when the copy is over. W4 of an AWQ checkpoint, which cannot be
+made from the full precision, is copied as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from morph_runtime.kernels.rung import Rung
+from morph_runtime.morph.filling import Filling, LayerFiller
+from morph_runtime.weights.bound import BoundLinear, LayerWeights
+from morph_runtime.weights.hoststore import PinnedStore
+from morph_runtime.weights.norms import copy_norms
+from morph_runtime.weights.slots import LayerSlots
+
+BOUNCE_BYTES = 32 * 2**20
+"""Room on the GPU for rows of full precision that are quantized on their way in (from W8 to W4)."""
+COPY_BYTES = 4 * 2**20
+"""Copied over PCIe at a time. The inputs of a step go the same way: they wait for one piece at most, about 75 us, not
+for a whole layer."""
+
+
+class StreamFilling(Filling):
+    """Enqueued on the side stream."""
+
+    def __init__(self, event: torch.cuda.Event, steps: torch.cuda.Stream, at_once: bool) -> None:
+        """`at_once`: steps may be put behind it before it is over."""
+        self._event, self._steps, self._at_once = event, steps, at_once
+
+    def done(self) -> bool:
+        """See `Filling.done`."""
+        return self._at_once or bool(self._event.query())
+
+    def wait(self) -> None:
+        """See `Filling.wait`."""
+        self._event.synchronize()
+
+    def finish(self) -> None:
+        """See `Filling.finish`."""
+        self._steps.wait_event(self._event)
+
+
+class StreamFiller(LayerFiller):
+    """Quantizes on the GPU, copies over PCIe."""
+
+    def __init__(self, slots: LayerSlots, store: PinnedStore, steps: torch.cuda.Stream, depth: int) -> None:
+        """Make the side stream.
+
+        Args:
+            slots: of the device.
+            store: what is copied: the full precision, and W4 if it comes from an AWQ checkpoint.
+            steps: the stream on which steps run.
+            depth: changes that may be under way at the same time.
+        """
+        self._slots, self._store, self._steps, self._depth = slots, store, steps, depth
+        self._stream = torch.cuda.Stream(priority=0)
+        self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8, device=steps.device)
+
+    @property
+    def depth(self) -> int:
+        """As many as the settings say: they queue on one stream."""
+        return self._depth
+
+    def start(
+        self, layer: int, rung: Rung, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
+    ) -> Filling:
+        """See `LayerFiller.start`; `wake` is not called, since the loop polls while layers change."""
+        with torch.cuda.stream(self._stream):
+            stored = self._store.find(layer, rung)
+            if stored is not None:
+                for first in range(0, stored.shape[0], COPY_BYTES):
+                    part = stored[first : first + COPY_BYTES]
+                    slot[first : first + part.shape[0]].copy_(part, non_blocking=True)
+            else:
+                self._quantize(self._slots.bind(layer, rung, slot), source)
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return StreamFilling(event, self._steps, at_once=stored is None and source is not None)
+
+    def close(self) -> None:
+        """See `LayerFiller.close`; unpins the host memory."""
+        self._stream.synchronize()
+        self._store.close()
+
+    def _quantize(self, target: LayerWeights, source: LayerWeights | None) -> None:
+        origin = source or self._store.full(target.layer)
+        copy_norms(origin, target)
+        for full, linear in zip(origin.linears, target.linears, strict=True):
+            if linear.bias is not None and full.bias is not None:
+                linear.bias.copy_(full.bias, non_blocking=True)
+            if source is not None:
+                linear.kernel.pack(full.tensors["weight"], linear.tensors)
+            else:
+                self._pack_from_host(full, linear)
+
+    def _pack_from_host(self, full: BoundLinear, linear: BoundLinear) -> None:
+        """Row by row through the bounce buffer, in stream order."""
+        rows = full.tensors["weight"]
+        total, columns = rows.shape
+        step = self._bounce.nbytes // (columns * rows.itemsize) // linear.kernel.row_step * linear.kernel.row_step
+        room = self._bounce[: step * columns * rows.itemsize].view(rows.dtype).view(step, columns)
+        for first in range(0, total, step):
+            part = rows[first : first + step]
+            few = max(1, COPY_BYTES // (columns * rows.itemsize))
+            for row in range(0, len(part), few):
+                room[row : row + few][: len(part) - row].copy_(part[row : row + few], non_blocking=True)
+            linear.kernel.pack(room[: len(part)], linear.tensors, first)

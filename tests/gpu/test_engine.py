@@ -1,0 +1,155 @@
+"""The whole engine on a GPU, on tiny models: against the CPU's engine, and against itself with optimisations off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.conftest import make_model, run_all, submit
+from morph_runtime.config import EngineConfig
+from morph_runtime.engine.build import build_engine
+from morph_runtime.engine.core import Engine
+
+
+@pytest.fixture(scope="module", params=[2, 4], ids=["gqa", "mha"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), kv_heads=request.param)
+
+
+class Engines:
+    """Makes engines and closes them."""
+
+    def __init__(self) -> None:
+        self.made: list[Engine] = []
+
+    def make(self, folder: Path, device: str = "cuda", dtype: str = "float32", **changes: Any) -> Engine:
+        values: dict[str, Any] = {
+            "device": device,
+            "model": {"path": str(folder), "dtype": dtype},
+            "memory": {"kv_tokens": 512, "block_tokens": 16},
+            "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
+            "morph": {"mode": "off", "ladder": ["w8", "w4"]},
+            "kernels": {"threads": 1},
+            "check_integrity": True,
+        }
+        for name, change in changes.items():
+            values[name] = {**values[name], **change} if isinstance(change, dict) else change
+        self.made.append(build_engine(EngineConfig.from_mapping(values)))
+        return self.made[-1]
+
+
+@pytest.fixture
+def engines() -> Iterator[Engines]:
+    made = Engines()
+    yield made
+    for engine in made.made:
+        engine.close()
+
+
+def outputs(engine: Engine, temperature: float = 0.0) -> dict[int, list[int]]:
+    for key in range(6):
+        prompt = [(7 * key + 3 * i) % 190 + 1 for i in range(5 + 9 * key)]
+        submit(engine, key, prompt, 20, temperature=temperature, seed=key)
+    return run_all(engine)
+
+
+@pytest.mark.parametrize("overlap", ["on", "off"])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_in_float32_it_gives_the_tokens_of_the_cpu(model: Path, engines: Engines, graphs: bool, overlap: str) -> None:
+    cpu, gpu = engines.make(model, "cpu"), engines.make(model, kernels={"graphs": graphs}, overlap=overlap)
+    assert outputs(gpu) == outputs(cpu)
+
+
+@pytest.mark.parametrize("level", [0, 2, 4, 6, 8])
+def test_graphs_change_no_token_at_any_level(model: Path, engines: Engines, level: int) -> None:
+    """One request at a time, so that both pad to the same number of rows."""
+    tokens = []
+    for graphs in (True, False):
+        engine = engines.make(model, dtype="bfloat16", kernels={"graphs": graphs})
+        engine.set_level(level)
+        submit(engine, 1, [5, 9, 23, 7] * 5, 40)
+        tokens.append(run_all(engine)[1])
+    assert tokens[0] == tokens[1]
+
+
+def test_seeded_draws_repeat_whatever_else_is_in_the_batch(model: Path, engines: Engines) -> None:
+    engine = engines.make(model, dtype="float32")
+    together = outputs(engine, temperature=1.0)
+    submit(engine, 3, [(7 * 3 + 3 * i) % 190 + 1 for i in range(5 + 9 * 3)], 20, temperature=1.0, seed=3)
+    assert run_all(engine)[3] == together[3]
+
+
+def weights_of(engine: Engine) -> list[bytes]:
+    """Every field of every layer; between fields a slot may hold anything."""
+    swapper = engine.parts.swapper
+    fields = []
+    for layer, rung in enumerate(swapper.rungs):
+        views = swapper._slots.layout(rung).views(swapper.slot_bytes_of(layer))
+        fields += [view.contiguous().view(torch.uint8).cpu().numpy().tobytes() for view in views.values()]
+    return fields
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_bit_equal_after_any_walk(model: Path, engines: Engines, dtype: str) -> None:
+    engine = engines.make(model, dtype=dtype)
+    by_level = {}
+    for level in (0, 3, 4, 8, 5, 4, 1, 0, 8, 4, 3, 0):
+        engine.set_level(level)
+        engine.check_integrity()
+        assert engine.parts.pool.capacity == engine.parts.capacities[level]
+        assert weights_of(engine) == by_level.setdefault(level, weights_of(engine))
+
+
+def test_kv_content_survives_growth_shrinking_and_migration(model: Path, engines: Engines) -> None:
+    engine = engines.make(model, memory={"kv_tokens": 1024})
+    parts = engine.parts
+    top = len(parts.capacities) - 1
+    engine.set_level(top)
+    base = parts.capacities[0]
+    blocks = parts.pool.allocate(parts.pool.num_free)
+    keep = blocks[-4:]
+    for block in keep:
+        parts.cache.k(0)[block].fill_(block)
+        parts.cache.v(3)[block].fill_(-block)
+    parts.pool.free(blocks[:-4])
+    before = parts.cache.digest(keep)
+    pairs: dict[int, int] = {}
+    parts.resizer._remap = pairs.update
+    engine.set_level(0)
+    assert parts.pool.capacity == base
+    assert set(pairs) == {block for block in keep if block >= base}, "the test needs live blocks in the tail"
+    assert parts.cache.digest([pairs.get(block, block) for block in keep]) == before
+    parts.pool.free([pairs.get(block, block) for block in keep])
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_requests_run_to_their_end_while_levels_change_every_few_steps(
+    model: Path, engines: Engines, graphs: bool
+) -> None:
+    engine = engines.make(model, dtype="bfloat16", kernels={"graphs": graphs})
+    for key in range(6):
+        submit(engine, key, [key + 1] * 20, 60)
+
+    def aim(step: int) -> None:
+        if step % 3 == 0:
+            engine.parts.shifter.target = step * 5 % 9
+
+    assert [len(tokens) for tokens in run_all(engine, between=aim).values()] == [60] * 6
+    assert engine.parts.shifter.counters.down > 0 < engine.parts.shifter.counters.up
+
+
+def test_rows_that_only_the_host_can_sample_run_beside_plain_ones(model: Path, engines: Engines) -> None:
+    engine = engines.make(model)
+    cpu = engines.make(model, "cpu")
+    for one in (engine, cpu):
+        submit(one, 1, [5] * 10, 12)
+        submit(one, 2, [6] * 30, 12, repetition_penalty=1.2)
+        submit(one, 3, [7] * 30, 12, temperature=0.8, top_p=0.9, seed=3)
+        submit(one, 4, [8] * 30, 12, logprobs=3)
+    on_gpu, on_cpu = run_all(engine), run_all(cpu)
+    assert [on_gpu[key] for key in (1, 2, 4)] == [on_cpu[key] for key in (1, 2, 4)]
+    assert len(on_gpu[3]) == 12
