@@ -95,7 +95,8 @@ class Service:
         return self._admission.waiting
 
     def publish_queue(self, signal: QueueSignal) -> None:
-        """Pass the outer queue's state on to the engine's controller, if the engine is there."""
+        """Pass the outer queue's state on to the metrics, and to the engine's controller if the engine is there."""
+        self._engine_metrics.outer(signal.pending)
         if self._engine is not None and self.healthy:
             try:
                 self._engine.publish_queue(signal)
@@ -163,6 +164,7 @@ class Service:
         given = read(self.limits)
         prompt = self._tokenizer.encode_prompt(given.text, self._info.max_model_len - 1)
         check_prompt(prompt, self._info.vocab_size)
+        given = given.within_context(len(prompt), self._info.max_model_len)
         check_context(len(prompt), given.sampling.max_tokens, self._info.max_model_len)
         outputs = [
             Output(key, OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids))
@@ -212,8 +214,7 @@ class Service:
         """Tokens, starts and ends of one step."""
         now = self._clock()
         self._engine_metrics.beat()
-        self._recorder.gauge("vllm:num_requests_running", out.running)
-        self._recorder.gauge("vllm:num_requests_waiting", out.waiting)
+        self._engine_metrics.requests(out.waiting, out.running)
         for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
             self._admission.release(key)
             if (begun := self._open.find(key)) is not None and begun[1] == 0:
@@ -259,10 +260,12 @@ class Service:
     # -- duties and endings --------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """End requests whose client has gone or whose time is over."""
+        """End requests whose client has gone or whose time is over; the log lines are Triton's vLLM backend's."""
         now = self._clock()
+        logger = logging.getLogger(__name__)
         for request in self._open.all():
             if request.channel.is_cancelled():
+                logger.info("[vllm] Cancelling the request")
                 status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
             elif now - request.arrival_s > self._max_request_s:
                 status, outcome = Status.UNAVAILABLE, "error"
@@ -272,6 +275,8 @@ class Service:
             if request.channel.fail(status, message):
                 self.closed(request, outcome)
                 self._admission.wake()
+                if status is Status.CANCELLED:
+                    logger.info("[vllm] Successfully cancelled the request")
 
     def closed(self, request: OpenRequest, outcome: str) -> None:
         """A request's FINAL is out: forget it, count it, and stop the engine's work on it."""

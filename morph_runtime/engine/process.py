@@ -19,7 +19,7 @@ import time
 
 import msgspec
 
-from morph_runtime.config import EngineConfig
+from morph_runtime.config import EngineConfig, log_level
 from morph_runtime.engine.messages import (
     Cancel,
     Drain,
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fd", type=int, required=True)
     sock = socket.socket(fileno=parser.parse_args(argv).fd)
     logging.basicConfig(
-        level=os.environ.get("MORPH_LOG_LEVEL", "WARNING").upper(),
+        level=log_level(os.environ),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )

@@ -21,15 +21,6 @@ from wire_client import GrpcStream, generate, open_sse, post, sse, sse_events, t
 pytestmark = pytest.mark.triton
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    server = TritonServer(tmp_path_factory.mktemp("real"), {"MORPH_MAX_NUM_SEQS": "4"})
-    try:
-        yield server.wait_ready(120).wait_metrics()
-    finally:
-        assert server.stop() == 0, server.output()
-
-
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[TritonServer]:
     server = TritonServer(tmp_path, {"MORPH_MAX_NUM_SEQS": "4"})
@@ -196,8 +187,8 @@ def test_a_killed_engine_ends_every_stream_with_an_error(fresh: TritonServer) ->
         stream.next()
     os.kill(engine_of(fresh), signal.SIGKILL)
     for stream in streams:
-        assert "unhealthy engine" in stream.rest(10)[-1].error
-    assert "unhealthy engine" in post(fresh, {"text_input": "abc"})[1]["error"]
+        assert "unhealthy vLLM engine" in stream.rest(10)[-1].error
+    assert "unhealthy vLLM engine" in post(fresh, {"text_input": "abc"})[1]["error"]
     until(lambda: fresh.metric("morph_engine_up") == 0, 1.5)
     assert fresh.process.wait(10) == 1
     assert "The server ends because its engine has: " in fresh.output()

@@ -106,9 +106,9 @@ def test_a_dead_engine_ends_every_stream_with_an_error(fresh: TritonServer) -> N
     GrpcStream(fresh).ask("crash", {"seed": SEED_CRASH})
     for stream in streams:
         last = stream.rest(10.0)[-1]
-        assert "Model is unavailable due to unhealthy engine: The engine process ended unexpectedly." in last.error
+        assert "Model is unavailable due to unhealthy vLLM engine: The engine process ended unexpectedly." in last.error
     status, body = post(fresh, {"text_input": "abc"})
-    assert status >= 400 and "unhealthy engine" in body["error"]
+    assert status >= 400 and "unhealthy vLLM engine" in body["error"]
     assert grpc_status(fresh, "abc") == "UNAVAILABLE"
     assert fresh.process.wait(20) == 1
     assert "The server ends because its engine has: The engine process ended unexpectedly." in fresh.output()
