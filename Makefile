@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 VENV ?= .venv
-EXTRAS ?= server,embedded,plots,dev
+EXTRAS ?= server,embedded,openai-server,plots,dev
 # PYTHON: an interpreter 3.10 to 3.12 (default: the first fit one of python3.11, 3.12, 3.10, python3).
 # PIP_INDEX: a package index to use instead of pip's own.
 # TORCH_INDEX: a further index for PyTorch, such as that of its CPU wheels; see CONTRIBUTING.md.
@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo serve test test-unit test-triton chaos fuzz lint format clean distclean
+.PHONY: help setup demo serve test test-unit test-triton test-deploy test-gpu chaos fuzz lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,13 +39,19 @@ serve: $(STAMP) ## serve a model; MORPH_MODEL, MORPH_MODE, MORPH_MEMORY_BUDGET_G
 	@$(BIN)/morph serve $(ARGS)
 
 test: $(STAMP) ## the whole CPU suite, real tritonserver included
-	@$(BIN)/pytest tests/unit tests/triton $(ARGS)
+	@$(BIN)/pytest tests/unit tests/triton tests/deploy $(ARGS)
 
 test-unit: $(STAMP) ## the fast tests, no server
 	@$(BIN)/pytest tests/unit $(ARGS)
 
 test-triton: $(STAMP) ## the tests against a real tritonserver
 	@$(BIN)/pytest tests/triton $(ARGS)
+
+test-deploy: $(STAMP) ## compose, dashboards and Kubernetes objects; what is not installed here is skipped with a reason
+	@$(BIN)/pytest tests/deploy -rs $(ARGS)
+
+test-gpu: $(STAMP) ## the tests that need an NVIDIA GPU (tests/gpu/MANIFEST.md); elsewhere they are skipped
+	@$(BIN)/pytest tests/gpu $(ARGS)
 
 chaos: $(STAMP) ## a storm over a real server; ARGS="--seed 7 --seconds 600 --levels free"
 	@$(BIN)/python -m tests.chaos $(ARGS)

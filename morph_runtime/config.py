@@ -22,6 +22,7 @@ RUNGS = ("w8", "w4")
 KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -269,6 +270,18 @@ def validate(config: EngineConfig) -> None:
         raise ConfigError("morph.ladder must go from mild to deep: w8 before w4.")
     if config.model.awq_path and "w4" not in config.morph.ladder:
         raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
+
+
+def log_level(env: Mapping[str, str]) -> str:
+    """The level of the product's own log lines, from `MORPH_LOG_LEVEL`.
+
+    Raises:
+        ConfigError: there is no such level.
+    """
+    level = (env.get("MORPH_LOG_LEVEL") or "WARNING").upper()
+    if level not in LOG_LEVELS:
+        raise ConfigError(f"MORPH_LOG_LEVEL must be one of {', '.join(LOG_LEVELS)}, but is '{level}'.")
+    return level
 
 
 def resolve_model_folder(path: str) -> Path:

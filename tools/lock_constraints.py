@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "constraints" / "cpu.txt"
 PYTHONS = ("3.10", "3.11", "3.12")
-EXTRAS = ("server", "embedded", "plots", "dev")
+EXTRAS = ("server", "embedded", "openai-server", "plots", "dev")
 FIXED = ("torch==2.13.0", "numpy==1.26.4")
 LEFT_OUT = ("cuda-", "nvidia-cu", "nvidia-nccl", "nvidia-nv")
 HEADER = """\

@@ -5,7 +5,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv=${VENV:-.venv}
-extras=${EXTRAS:-server,embedded,plots,dev}
+extras=${EXTRAS:-server,embedded,openai-server,plots,dev}
 constraints=constraints/cpu.txt
 log=$venv/setup.log
 

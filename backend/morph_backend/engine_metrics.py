@@ -10,13 +10,21 @@ from morph_backend.rungs import RUNG_OF_BITS, RUNGS
 from morph_runtime.config import MODES
 from morph_runtime.engine.messages import EngineInfo, EngineStats
 
+_REQUESTS = "nv_trt_llm_request_metrics"
+
 
 class EngineMetrics:
-    """Writes `EngineInfo` and `EngineStats` into the recorder. Called from one thread at a time."""
+    """Writes `EngineInfo` and `EngineStats` into the recorder. Called from one thread at a time, but for `outer`.
+
+    The `nv_trt_llm_*` families are those of Triton's TensorRT-LLM backend: load balancers (the ORCA header of Triton's
+    HTTP endpoint, Kubernetes' Gateway API) read them, and see a capacity that grows and shrinks.
+    """
 
     def __init__(self, recorder: MetricsRecorder) -> None:
         self._recorder = recorder
         self._layer_bits: list[int] = []
+        self._outer = 0
+        self._line = 0
 
     def start(self, info: EngineInfo) -> None:
         """The facts that do not change, and zeros for what has not happened yet."""
@@ -30,10 +38,26 @@ class EngineMetrics:
         record.gauge("morph_kv_block_tokens", info.block_tokens)
         record.gauge("morph_kv_dtype", 1, dtype=info.kv_dtype)
         record.gauge("morph_memory_bytes", info.budget_bytes, kind="budget")
-        for gauge in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
-            record.gauge(gauge, 0)
         record.declare("morph_engine_restarts_total")
+        record.gauge(_REQUESTS, info.max_num_seqs, request_type="max")
+        self.requests(0, 0)
+        self._kv(0, info.base_blocks, info.block_tokens)
         self.up(True)
+
+    def outer(self, pending: int) -> None:
+        """Requests in Triton's queue, the one held in `execute()` included. Called by the queue watch's thread."""
+        self._outer = pending
+        self._waiting()
+
+    def requests(self, waiting: int, running: int) -> None:
+        """Requests in the engine's line, and those it runs."""
+        record = self._recorder
+        self._line = waiting
+        record.gauge("morph_requests_in_line", waiting)
+        record.gauge("vllm:num_requests_running", running)
+        record.gauge(_REQUESTS, running, request_type="scheduled")
+        record.gauge(_REQUESTS, running + waiting, request_type="active")
+        self._waiting()
 
     def up(self, up: bool) -> None:
         """Whether the engine answers."""
@@ -41,7 +65,7 @@ class EngineMetrics:
         if up:
             self.beat()
         else:
-            self._recorder.gauge("vllm:num_requests_running", 0)
+            self.requests(0, 0)
 
     def restarted(self) -> None:
         """Another engine process is there in place of one that has ended."""
@@ -49,16 +73,15 @@ class EngineMetrics:
         self.up(True)
 
     def beat(self) -> None:
-        """A message of the engine has come."""
+        """A message of the engine has come, or it is being restarted."""
         self._recorder.gauge("morph_engine_heartbeat_seconds", time.time())
 
     def stats(self, stats: EngineStats) -> None:
         """One snapshot."""
         record = self._recorder
         self.beat()
-        record.gauge("vllm:num_requests_running", stats.running)
-        record.gauge("vllm:num_requests_waiting", stats.waiting)
-        record.gauge("vllm:kv_cache_usage_perc", stats.kv_blocks_used / max(1, stats.kv_blocks_capacity))
+        self.requests(stats.waiting, stats.running)
+        self._kv(stats.kv_blocks_used, stats.kv_blocks_capacity)
         record.gauge("morph_level", stats.level)
         record.gauge("morph_kv_blocks_capacity", stats.kv_blocks_capacity)
         record.gauge("morph_kv_blocks_used", stats.kv_blocks_used)
@@ -70,6 +93,19 @@ class EngineMetrics:
         for mode in MODES:
             record.gauge("morph_mode", 1 if mode == stats.mode else 0, mode=mode)
         self._counters(stats)
+
+    def _waiting(self) -> None:
+        self._recorder.gauge("vllm:num_requests_waiting", self._outer + self._line)
+        self._recorder.gauge(_REQUESTS, self._outer + self._line, request_type="waiting")
+
+    def _kv(self, used: int, capacity: int, block_tokens: int = 0) -> None:
+        share = used / max(1, capacity)
+        self._recorder.gauge("vllm:kv_cache_usage_perc", share)
+        kinds = {"fraction": share, "used": used, "free": capacity - used, "max": capacity}
+        if block_tokens:
+            kinds["tokens_per"] = block_tokens
+        for kind, value in kinds.items():
+            self._recorder.gauge("nv_trt_llm_kv_cache_block_metrics", value, kv_cache_block_type=kind)
 
     def _layers(self, bits: list[int]) -> None:
         if bits == self._layer_bits:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -15,7 +15,7 @@ import numpy as np
 
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.errors import RequestError
-from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters, stop_strings
+from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters, stop_strings, within_context
 from morph_runtime.text.tokenizer import decode_utf8
 
 RESERVED_PARAMETERS = frozenset({"id", "priority", "timeout", "headers", "slo_class", "binary_data_output"})
@@ -54,6 +54,10 @@ class GenerateRequest:
     sampling: SamplingParams
     wants: Wants
     slo_class: str
+
+    def within_context(self, prompt_tokens: int, max_model_len: int) -> GenerateRequest:
+        """The same request with a number of tokens to generate, where it asks for as many as there is room for."""
+        return replace(self, sampling=within_context(self.sampling, prompt_tokens, max_model_len))
 
 
 class InputError(RequestError):

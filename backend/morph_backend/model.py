@@ -9,11 +9,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from morph_backend.auto_config import complete
 from morph_backend.control import ControlFolder
 from morph_backend.decisions import DecisionLog
 from morph_backend.exporter import MetricsExporter
@@ -25,14 +27,16 @@ from morph_backend.nudge import GrpcNudgeStream, QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.service import Service
-from morph_backend.settings import BackendSettings, backend_settings, load_engine_config
-from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_backend.settings import BackendSettings, backend_settings, has_queue_timeouts, load_model_file
+from morph_runtime.config import EngineConfig, log_level, resolve_model_folder
 from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.engine.handle import EngineHandle, KeeperSettings
 from morph_runtime.engine.keeper import EngineKeeper
 from morph_runtime.errors import ConfigError, EngineDown
 from morph_runtime.text.tokenizer import Tokenizer
 
+WATCHED_MODEL = "morph"
+"""The model by whose state the launcher knows the server's."""
 DEFAULT_GRPC_PORT = 8001
 DEFAULT_METRICS_PORT = 8002
 
@@ -40,19 +44,29 @@ DEFAULT_METRICS_PORT = 8002
 class TritonPythonModel:
     """Triton's interface: `initialize`, `execute`, `is_ready`, `finalize`."""
 
+    @staticmethod
+    def auto_complete_config(auto_complete_model_config: Any) -> Any:
+        """Fill a `config.pbtxt` that leaves the tensors out, as those of Triton's vLLM backend do.
+
+        Triton calls it in a process of its own, which is thrown away.
+        """
+        return complete(auto_complete_model_config)
+
     def initialize(self, args: dict[str, str]) -> None:
         """Read the settings, start the engine and the threads.
 
         Raises:
             pb_utils.TritonModelException: with one sentence for the operator; Triton does not load the model then.
         """
-        logging.basicConfig(
-            level=os.environ.get("MORPH_LOG_LEVEL", "WARNING").upper(),
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
-        self._control = ControlFolder.from_environment(os.environ)
+        # Another model of this kind in the same server must not speak for the one that the launcher watches.
+        watched = args["model_name"] == WATCHED_MODEL
+        self._control = ControlFolder.from_environment(os.environ) if watched else ControlFolder(None)
         try:
+            logging.basicConfig(
+                level=log_level(os.environ),
+                format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+                stream=sys.stderr,
+            )
             self._start(args)
         except (ConfigError, EngineDown) as error:
             self._control.say("error", str(error))
@@ -91,7 +105,12 @@ class TritonPythonModel:
         model_config = json.loads(args["model_config"])
         name, version = args["model_name"], args["model_version"]
         settings = backend_settings(model_config)
-        config = load_engine_config(Path(args["model_repository"]) / version / "model.json")
+        if not has_queue_timeouts(model_config):
+            settings = replace(settings, queue_nudge=False)  # a nudge would reach the model, and never be needed
+        file = load_model_file(Path(args["model_repository"]) / version / "model.json")
+        config = file.config
+        if not file.log_stats:
+            settings = replace(settings, report_custom_metrics=False)
         tokenizer = Tokenizer.from_folder(resolve_model_folder(config.model.path))
         recorder = MetricsRecorder(settings.report_custom_metrics)
         self._service = Service(
@@ -116,6 +135,7 @@ class TritonPythonModel:
             engine.close()
             raise
         self._service.attach(engine, info)
+        recorder.gauge("morph_ttft_slo_seconds", config.morph.ttft_slo_s)
         self._start_threads(settings, recorder, (name, version), info.max_model_len)
         ready = {"model": info.model, "max_model_len": info.max_model_len, "pid": os.getpid()}
         self._control.say("ready", json.dumps(ready))

@@ -10,7 +10,8 @@ from morph_backend.open_request import End, OpenRequest, Output, Tokens
 from morph_backend.outputs import OutputNews, ResponseContent, output_tensors
 from morph_backend.rungs import RungShares
 
-UNHEALTHY = "Model is unavailable due to unhealthy engine"
+UNHEALTHY = "Model is unavailable due to unhealthy vLLM engine"
+"""The words of Triton's vLLM backend, which its clients know."""
 
 
 class RequestBook(Protocol):

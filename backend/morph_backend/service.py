@@ -100,7 +100,8 @@ class Service:
         return self._admission.waiting
 
     def publish_queue(self, signal: QueueSignal) -> None:
-        """Pass the outer queue's state on to the engine's controller, if the engine is there."""
+        """Pass the outer queue's state on to the metrics, and to the engine's controller if the engine is there."""
+        self._engine_metrics.outer(signal.pending)
         if self._engine is not None and self.healthy:
             try:
                 self._engine.publish_queue(signal)
@@ -169,6 +170,7 @@ class Service:
         given = read(self.limits)
         prompt = self._tokenizer.encode_prompt(given.text, self._info.max_model_len - 1)
         check_prompt(prompt, self._info.vocab_size)
+        given = given.within_context(len(prompt), self._info.max_model_len)
         check_context(len(prompt), given.sampling.max_tokens, self._info.max_model_len)
         outputs = [
             Output(key, OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids))
@@ -218,8 +220,7 @@ class Service:
         """Tokens, starts and ends of one step. A request whose part of it cannot be handled ends; the others go on."""
         now = self._clock()
         self._engine_metrics.beat()
-        self._recorder.gauge("vllm:num_requests_running", out.running)
-        self._recorder.gauge("vllm:num_requests_waiting", out.waiting)
+        self._engine_metrics.requests(out.waiting, out.running)
         for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
             self._admission.release(key)
             if (begun := self._open.find(key)) is not None and begun[1] == 0:
@@ -295,8 +296,10 @@ class Service:
     # -- duties and endings --------------------------------------------------------------------------------------
 
     def poll(self) -> None:
-        """End requests whose client has gone or whose time is over."""
+        """End requests whose client has gone or whose time is over; the log lines are Triton's vLLM backend's."""
         now = self._clock()
+        if self._engine is not None and not self._up and not self._refusal:
+            self._engine_metrics.beat()  # for the engine that is being restarted: this process is alive
         for request in self._open.all():
             try:
                 self._look_at(request, now)
@@ -306,7 +309,9 @@ class Service:
                 self._fail_request(request, error)
 
     def _look_at(self, request: OpenRequest, now: float) -> None:
+        logger = logging.getLogger(__name__)
         if request.channel.is_cancelled():
+            logger.info("[vllm] Cancelling the request")
             status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
         elif now - request.arrival_s > self._max_request_s:
             status, outcome = Status.UNAVAILABLE, "error"
@@ -316,6 +321,8 @@ class Service:
         if request.channel.fail(status, message):
             self.closed(request, outcome)
             self._admission.wake()
+            if status is Status.CANCELLED:
+                logger.info("[vllm] Successfully cancelled the request")
 
     def closed(self, request: OpenRequest, outcome: str) -> None:
         """A request's FINAL is out: forget it, count it, and stop the engine's work on it."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from morph_backend.gpu_memory import gpu_memory_bytes
+from morph_backend.vllm_arguments import translate
 from morph_runtime.config import EngineConfig
 from morph_runtime.errors import ConfigError
 
@@ -38,7 +40,7 @@ class BackendSettings:
     """Starts in a row that may fail before an engine that has ended is given up and the server ends; 0: no restart."""
     engine_restart_pause_ms: int = 500
     """Milliseconds before the second restart in a row; doubles with each further one, up to 30 s."""
-    engine_silence_seconds: int = 120
+    engine_silence_seconds: int = 60
     """Seconds without a word of the engine, while it has requests, after which it is killed and restarted; 0: never.
     Longer than the longest step."""
 
@@ -74,8 +76,33 @@ def backend_settings(model_config: Mapping[str, Any]) -> BackendSettings:
     return settings
 
 
-def load_engine_config(model_json: Path, env: Mapping[str, str] | None = None) -> EngineConfig:
-    """Defaults, then `model.json`, then `MORPH_*` of the environment; without a model path, the demo model.
+@dataclass(frozen=True)
+class ModelFile:
+    """A `model.json`, read.
+
+    Attributes:
+        config: the engine's settings, the environment's on top.
+        log_stats: False if the file asks for no metrics.
+    """
+
+    config: EngineConfig
+    log_stats: bool = True
+
+
+def has_queue_timeouts(model_config: Mapping[str, Any]) -> bool:
+    """Whether Triton ends requests whose own timeout passes in its queue: the nudges rely on it."""
+    batching = model_config.get("dynamic_batching") or {}
+    policy = batching.get("default_queue_policy") or {}
+    # Numbers of 64 bits are texts in the JSON that Triton makes.
+    limited = int(policy.get("default_timeout_microseconds") or 0) > 0
+    rejects = policy.get("timeout_action", "REJECT") == "REJECT"
+    return bool(policy.get("allow_timeout_override")) and limited and rejects
+
+
+def load_model_file(model_json: Path, env: Mapping[str, str] | None = None) -> ModelFile:
+    """Defaults, then `model.json` (ours, or vLLM's engine arguments), then `MORPH_*` of the environment.
+
+    Without a model path, the demo model is taken.
 
     Raises:
         ConfigError: the file is not a JSON object of known settings, or a value is out of range.
@@ -87,13 +114,14 @@ def load_engine_config(model_json: Path, env: Mapping[str, str] | None = None) -
         except (ValueError, OSError) as error:
             raise ConfigError(f"'{model_json}' cannot be read as JSON: {error}.") from None
     try:
-        config = EngineConfig.from_mapping(values)
+        translated = translate(values, gpu_memory_bytes)
+        config = EngineConfig.from_mapping(translated.values)
     except ConfigError as error:
         raise ConfigError(f"'{model_json}': {error}") from None
     config = config.with_environment(env)
     if not config.model.path and (demo := demo_model()) is not None:
         config = replace(config, model=replace(config.model, path=str(demo)))
-    return config
+    return ModelFile(config, translated.log_stats)
 
 
 def checkout_root() -> Path | None:

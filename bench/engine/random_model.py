@@ -83,6 +83,9 @@ class RandomBytes(PackedBytes):
             else:
                 values = torch.empty(view.shape, dtype=view.dtype, device=device)
                 view.copy_(values.normal_(0.0, SPREAD, generator=generator))
+                del values
+        if device == "cuda":
+            torch.cuda.empty_cache()  # a served model leaves nothing in PyTorch's pool; nor must this
 
 
 def open_random(config: EngineConfig, device: torch.device) -> OpenModel:

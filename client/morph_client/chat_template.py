@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,16 @@ from morph_client.chat import PromptFormat, Turn
 from morph_client.errors import BadInput, MissingDependency
 
 _REMEDY = "pip install 'morphserve[chat]'"
+# Arguments of apply_chat_template that decide what it returns: variables of a template cannot have these names.
+_NOT_VARIABLES = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length"),
+    *("padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "tokenize", "tokenizer_kwargs"),
+    *("tools", "truncation"),
+}
+
+
+class NoChatTemplate(BadInput):
+    """The tokenizer has no chat template: the model was not made for chat."""
 
 
 class ChatTemplate(PromptFormat):
@@ -22,14 +32,20 @@ class ChatTemplate(PromptFormat):
         self._tokenizer = tokenizer
         self._encoder = encoder
         self._context = context
+        bos = tokenizer.bos_token
+        # Whether the server puts a BOS in front of a text that begins with one: two of them harm the answer.
+        doubled = bool(bos) and encoder.encode(bos).ids[:2] == [encoder.token_to_id(bos)] * 2
+        self._bos_to_drop = str(bos) if doubled else ""
 
     @staticmethod
-    def from_folder(folder: Path) -> ChatTemplate:
+    def from_folder(folder: Path, template: str | None = None) -> ChatTemplate:
         """Reads a model folder; nothing is downloaded and no code of the model's is run.
+
+        ``template`` is the text of a Jinja template to use instead of the folder's own.
 
         Raises:
             MissingDependency: transformers or Jinja is not installed.
-            BadInput: the folder has no usable tokenizer, or the tokenizer has no chat template.
+            BadInput: the folder has no usable tokenizer; as :class:`NoChatTemplate`, the tokenizer has no template.
         """
         if not folder.is_dir():
             raise BadInput(f"--model must name the model's folder, and {folder} is not a folder")
@@ -42,8 +58,10 @@ class ChatTemplate(PromptFormat):
             encoder = encoder_type.from_file(str(path))
         except Exception as error:  # noqa: BLE001 - the libraries raise whatever a damaged file leads to
             raise BadInput(f"the tokenizer in {folder} cannot be loaded: {_first_line(error)}") from None
+        if template is not None:
+            tokenizer.chat_template = template
         if not tokenizer.chat_template:
-            raise BadInput(
+            raise NoChatTemplate(
                 f"the tokenizer in {folder} has no chat template, so this model was not made for chat: "
                 "--raw lets it continue plain text instead"
             )
@@ -62,27 +80,35 @@ class ChatTemplate(PromptFormat):
         return False
 
     def prompt(self, system: str, turns: Sequence[Turn], question: str) -> str:
-        """The rendered template, up to where the answer begins.
-
-        A BOS at its front is left out if the server adds one anyway: two of them harm the answer.
-        """
+        """The rendered template, up to where the answer begins."""
         messages = [{"role": "system", "content": system}] if system else []
         for turn in turns:
             messages.append({"role": "user", "content": turn.question})
             messages.append({"role": "assistant", "content": turn.answer})
         messages.append({"role": "user", "content": question})
+        return self.render(messages)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """The prompt for any conversation of roles and contents, with further ``variables`` for the template.
+
+        Raises:
+            MissingDependency: Jinja is not installed.
+            BadInput: the template refuses the conversation, or a variable's name cannot be used.
+        """
+        variables = variables or {}
+        if taken := sorted(_NOT_VARIABLES & variables.keys()):
+            raise BadInput(f"'{taken[0]}' cannot be a variable of the chat template: leave it out")
         try:
-            text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            text = str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=True, **variables
+                )
+            )
         except ImportError as error:
             raise MissingDependency(f"the chat template needs {_first_line(error)}: {_REMEDY}") from None
         except Exception as error:  # noqa: BLE001 - templates are programs, and raise what they like
             raise BadInput(f"the model's chat template refuses this conversation: {_first_line(error)}") from None
-        bos = self._tokenizer.bos_token
-        if bos and text.startswith(bos):
-            first = self._encoder.encode(text).ids[:2]
-            if first == [self._encoder.token_to_id(bos)] * 2:
-                return text[len(bos) :]
-        return text
+        return text.removeprefix(self._bos_to_drop)
 
     def count(self, prompt: str) -> int:
         """By the same file and the same call as the server."""

@@ -83,7 +83,7 @@ class ServerState:
             kv_block_tokens=whole("morph_kv_block_tokens"),
             kv_dtype=next(iter(kv_dtypes), None),
             pending=number("nv_inference_pending_request_count"),
-            waiting=number("vllm:num_requests_waiting") + number("morph_execute_waiting"),
+            waiting=number("morph_requests_in_line") + number("morph_execute_waiting"),
             running=number("vllm:num_requests_running"),
             engine_up=None if up is None else up == 1,
             heartbeat_s=metrics.get("morph_engine_heartbeat_seconds", model=model),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 
 import torch
 
@@ -28,7 +29,18 @@ from morph_runtime.scheduler import PrefixCache, Scheduler
 from morph_runtime.structured.compiler import GrammarCompiler
 from morph_runtime.weights.spec import ModelSpec
 
+CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
+"""What a GPU needs besides PyTorch: distribution and top-level module."""
+
 Opener = Callable[[EngineConfig, torch.device], OpenModel]
+
+
+def _importable(module: str) -> bool:
+    try:
+        import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def open_model(config: EngineConfig, device: torch.device) -> OpenModel:
@@ -81,11 +93,16 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
 
     ledger = device.fit(ledger, arena)
     capacities = tuple(ledger.kv_blocks_at_level(level) for level in range(plan.max_level + 1))
+    if capacities[0] * block_tokens < max_model_len:
+        raise ConfigError(
+            f"memory.budget_gib holds {capacities[0] * block_tokens} tokens of KV cache at full precision, but one "
+            f"request may have {max_model_len}: raise it, or set model.max_model_len."
+        )
     pool = BlockPool(cache.mapped_blocks)
     prefix = PrefixCache(config.cache, pool, block_tokens)
     scheduler = Scheduler(config.scheduler, pool, prefix, block_tokens, max_model_len, spec.eos_ids)
     resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, device.order)
-    resizer.grow()
+    resizer.grow(capacities[0])
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
@@ -123,12 +140,14 @@ def open_device(config: EngineConfig) -> EngineDevice:
         from morph_runtime.engine.device_cpu import CpuDevice
 
         return CpuDevice()
-    try:
-        from morph_runtime.engine.device_cuda import CudaDevice
-    except ImportError as error:
+    missing = [name for name, module in CUDA_PACKAGES.items() if not _importable(module)]
+    if missing:
         raise ConfigError(
-            f"device is cuda, but the package '{error.name}' is missing: install morphserve[cuda]."
-        ) from error
+            f"device is cuda, but {', '.join(missing)} cannot be imported: install morphserve[cuda], or set "
+            "MORPH_DEVICE=cpu."
+        )
+    from morph_runtime.engine.device_cuda import CudaDevice
+
     return CudaDevice()
 
 

@@ -159,6 +159,11 @@ class Engine:
         return scheduler.num_running > 0 or scheduler.num_waiting > 0 or self._parts.intake.num_held > 0
 
     @property
+    def must_poll(self) -> bool:
+        """Layers change on a device that does not tell when it is done: `step` has to be called to get on."""
+        return self._parts.order.queues and self._parts.shifter.busy
+
+    @property
     def statistics(self) -> LoadStatistics:
         """What finished requests were like."""
         return self._statistics

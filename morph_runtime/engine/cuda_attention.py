@@ -21,7 +21,7 @@ from morph_runtime.weights.spec import ModelSpec
 class StepAttention:
     """Knows the cache, the inputs' static tensors, and the plan of the present mixed step."""
 
-    def __init__(self, spec: ModelSpec, kv: PagedKV, inputs: StepInputs, max_context: int) -> None:
+    def __init__(self, spec: ModelSpec, kv: PagedKV, inputs: StepInputs, max_context: int, dtype: torch.dtype) -> None:
         """Allocate the workspace that split decodes need.
 
         Args:
@@ -29,6 +29,7 @@ class StepAttention:
             kv: the cache.
             inputs: static buffers of a step.
             max_context: tokens of the longest request.
+            dtype: of queries; the cache may have a smaller one.
         """
         self._spec, self._inputs, self.max_context = spec, inputs, max_context
         self._k = [kv.k(layer) for layer in range(spec.layers)]
@@ -36,7 +37,7 @@ class StepAttention:
         self._scale = spec.head_dim**-0.5
         device = inputs.tensors["tables"].device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
-        self._tile_tokens = tile_tokens(spec.heads, spec.kv_heads, spec.head_dim, self._k[0].element_size())
+        self._tile_tokens = tile_tokens(spec.heads, spec.kv_heads, spec.head_dim, dtype.itemsize)
         sequences = inputs.tensors["contexts"].shape[0]
         floats = max(self._workspace_floats(rows) for rows in range(1, sequences + 1))
         self._workspace = torch.empty(max(floats, 1), dtype=torch.float32, device=device)

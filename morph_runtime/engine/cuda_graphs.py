@@ -70,22 +70,18 @@ class GraphSet:
         gc.disable()  # freeing another graph in the middle of a capture would end it
         # Not torch.cuda.graph: that collects garbage and empties the cache around each of hundreds of captures.
         with torch.cuda.stream(stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 work()
-            finally:
                 graph.capture_end()
+            finally:
                 if collecting:
                     gc.enable()
         self._graphs[key] = graph
 
-    def replay(self, key: tuple[object, ...]) -> bool:
-        """Run a graph on the current stream; False if there is none under this key."""
-        graph = self._graphs.get(key)
-        if graph is None:
-            return False
-        graph.replay()
-        return True
+    def replay(self, key: tuple[object, ...]) -> None:
+        """Run a graph on the current stream; there is one under this key."""
+        self._graphs[key].replay()
 
     def close(self) -> None:
         """Free all graphs."""

@@ -7,7 +7,7 @@ stays on the device: the sampler writes into a buffer from which the next step's
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from morph_runtime.engine.cuda_attention import StepAttention
-from morph_runtime.engine.cuda_graphs import GraphSet
+from morph_runtime.engine.cuda_graphs import GraphSet, graph_sizes
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
@@ -110,12 +110,8 @@ class CudaRunner(StepRunner):
                 logits = self._decode(size, plain)
             else:
                 logits = self._mixed(batch, plain and bool(rows))
-            if not rows:
-                return Done(Sampled([]))
-            if logits is not None:  # some row wants what only the host's sampler can do
-                sampled = self._sample(logits, rows)
-                self._sampled[: len(rows)].copy_(torch.tensor(sampled.tokens), non_blocking=True)
-                return Done(sampled)
+            if logits is not None and rows:
+                return Done(self._sample_both(logits[: len(rows)], rows))
             self._turn = (self._turn + 1) % RESULTS
             result = self._results[self._turn][: len(rows)]
             result.copy_(self._sampled[: len(rows)], non_blocking=True)
@@ -162,7 +158,8 @@ class CudaRunner(StepRunner):
         """A step of decodes, padded to a captured size; the logits unless `plain`."""
         assert self._graphs is not None
         rungs = set(self._swapper.rungs)
-        if plain and len(rungs) == 1 and self._graphs.replay((size, *rungs)):
+        if plain and len(rungs) == 1:
+            self._graphs.replay((size, *rungs))
             return None
         self._graphs.replay((size, "embed"))
         for layer in self._swapper.layers:
@@ -191,6 +188,20 @@ class CudaRunner(StepRunner):
         self._choose(logits)
         return None
 
+    def _sample_both(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+        """Rows that the device can draw are drawn there, so that their company changes nothing; the others on the host.
+
+        Waits for the device; logits [rows, vocab].
+        """
+        self._choose(logits)
+        tokens: list[int] = self._sampled[: len(rows)].tolist()
+        special = [at for at, row in enumerate(rows) if not _is_simple(row)]
+        found = self._sample(logits[torch.tensor(special, device=logits.device)], [rows[at] for at in special])
+        for at, token in zip(special, found.tokens, strict=True):
+            tokens[at] = token
+        self._sampled[: len(rows)].copy_(torch.tensor(tokens))
+        return Sampled(tokens, {special[row]: score for row, score in found.logprobs.items()})
+
     def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         """What only the host's sampler can do, some rows at a time; logits [>= rows, vocab]. Waits for the device."""
         tokens: list[int] = []
@@ -218,20 +229,27 @@ class CudaRunner(StepRunner):
         Args:
             layer: one layer at some rung, its slot mapped; it serves as the whole model.
         """
-        most = self._hidden.shape[0]
+        most, batch = self._hidden.shape[0], len(self._sampled)
         tokens = sorted({min(n, most) for n in WARM_TOKENS} | {most})
-        rows = self._graphs.sizes if self._graphs is not None else (len(self._sampled),)
+        # One layer of each kind of attention stands for all: kernels differ by whether there is a window.
+        windows = {bool(window): at for at, window in reversed(list(enumerate(self._decoder.windows)))}
+        kinds = [replace(layer, layer=at) for at in windows.values()]
         with torch.inference_mode():
-            for size in rows:
+            for size in graph_sizes(batch):
                 self._clear(size)
                 self._embed(size)
-                self._single(size, layer)
+                for kind in kinds:
+                    self._single(size, kind)
                 self._head(size, None)
             for count in tokens:
-                self._warm_mixed(count, layer)
+                self._warm_mixed([count - 1, 1] if count > 2 and batch > 1 else [count], kinds)
+            for decodes in graph_sizes(batch):  # each way of splitting contexts, in company of a chunk
+                if decodes + 2 <= most and decodes < batch:
+                    self._warm_mixed([2, *[1] * decodes], kinds)
             params = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, logprobs=1)
-            few = [SamplingRow(params, Blank())] * min(SAMPLER_ROWS, len(self._sampled))
-            self._sample(self._decoder.head(self._hidden[: len(few)], None), few)
+            self._sample_both(
+                self._decoder.head(self._hidden[:batch], None), [SamplingRow(params, Blank()) for _ in range(batch)]
+            )
 
     def capture(
         self, stream: torch.cuda.Stream, bind: Callable[[int, Rung], LayerWeights], rungs: Sequence[Rung]
@@ -259,11 +277,11 @@ class CudaRunner(StepRunner):
                     graphs.capture((size, "embed"), stream, partial(self._embed, size))
                     graphs.capture((size, "head"), stream, partial(self._head, size, None))
 
-    def _warm_mixed(self, tokens: int, layer: LayerWeights) -> None:
-        """A chunk, and a decode if there is room, that read block 0 throughout; nothing is written."""
+    def _warm_mixed(self, parts: Sequence[int], kinds: Sequence[LayerWeights]) -> None:
+        """Sequences of so many tokens each, which read block 0 throughout; nothing is written."""
         host = self._inputs.host()
-        lengths = np.array([tokens - 1, 1] if tokens > 2 and len(self._sampled) > 1 else [tokens], dtype=np.int32)
-        sequences = len(lengths)
+        lengths = np.array(parts, dtype=np.int32)
+        tokens, sequences = int(lengths.sum()), len(lengths)
         for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1)):
             host[name][:tokens] = value
         host["contexts"][:sequences] = np.minimum(lengths, self._attention.max_context)
@@ -276,7 +294,8 @@ class CudaRunner(StepRunner):
         self._inputs.upload(sequences, host["tables"].shape[1])
         step, hidden = self._step(tokens), self._hidden[:tokens]
         self._decoder.embed(step, self._sampled, hidden)
-        hidden, delta = self._decoder.layer(layer, step, hidden, None, self._attention.mixed)
+        for kind in kinds:
+            hidden, delta = self._decoder.layer(kind, step, hidden, None, self._attention.mixed)
         self._choose(self._decoder.head(hidden[:sequences], delta[:sequences]))
 
     def _embed(self, size: int) -> None:

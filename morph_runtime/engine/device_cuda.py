@@ -24,6 +24,7 @@ from morph_runtime.engine.runner import StepRunner
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape
 from morph_runtime.kernels.kv_format import KVFormat
+from morph_runtime.kernels.rung import Rung
 from morph_runtime.kv import KVLayout
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.cuda import CudaPageArena
@@ -36,6 +37,7 @@ from morph_runtime.morph.filling import LayerFiller
 from morph_runtime.morph.filling_cuda import StreamFiller
 from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.weights.hoststore import PinnedStore
+from morph_runtime.weights.slots import LayerSlots
 
 EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
 """Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
@@ -74,10 +76,12 @@ class CudaDevice(EngineDevice):
                 "is the oldest that is served: use a newer one, or set MORPH_DEVICE=cpu."
             )
         torch.cuda.init()
+        self._memory.check(str(torch.cuda.get_device_properties(self._device).uuid))
         # One stream for all steps, current for the engine's thread from here on.
         self._stream = torch.cuda.Stream(self._device, priority=-1)
         torch.cuda.set_stream(self._stream)
         self._order = StreamOrder(self._stream)
+        self._is_whole = False
 
     @property
     def torch_device(self) -> torch.device:
@@ -123,7 +127,8 @@ class CudaDevice(EngineDevice):
     def arena(self, ledger: Ledger, config: EngineConfig) -> PageArena:
         """Static weights, layers, staging and the least KV cache; or all of it if no budget is set."""
         total = ledger.total_extents
-        if config.memory.budget_gib:
+        self._is_whole = not config.memory.budget_gib
+        if not self._is_whole:
             total = min(total, ledger.fixed_extents + ledger.quantum.extents)
         return CudaPageArena(total, ledger.extent_bytes)
 
@@ -134,8 +139,11 @@ class CudaDevice(EngineDevice):
         slot.copy_(host)
 
     def filler(self, config: EngineConfig, model: OpenModel) -> LayerFiller:
-        """Reads and pins the full precision."""
-        store = PinnedStore(model.host_slots(), model.spec.layers)
+        """Reads and pins the full precision, and the W4 of an AWQ checkpoint."""
+        kept: dict[Rung, LayerSlots] = {"full": model.host_slots()}
+        if model.slots.reads_w4:
+            kept["w4"] = model.slots
+        store = PinnedStore(kept, model.spec.layers)
         return StreamFiller(model.slots, store, self._stream, config.morph.depth)
 
     def runner(self, parts: RunnerParts) -> StepRunner:
@@ -152,7 +160,7 @@ class CudaDevice(EngineDevice):
         graphs = GraphSet(graph_sizes(sequences)) if config.kernels.graphs else None
         runner = CudaRunner(
             decoder,
-            StepAttention(spec, parts.cache, inputs, parts.max_model_len),
+            StepAttention(spec, parts.cache, inputs, parts.max_model_len, parts.model.slots.dtype),
             inputs,
             parts.swapper,
             Sampler(spec.eos_ids, self._device, cpu_threads(config)),
@@ -185,15 +193,15 @@ class CudaDevice(EngineDevice):
         """See `EngineDevice.fit`."""
         assert isinstance(arena, CudaPageArena)
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes + MARGIN_BYTES
-        if arena.total_extents == ledger.total_extents:
+        if self._is_whole:
             return replace(ledger, workspace_bytes=outside)
         fitted = replace(
             ledger, workspace_bytes=outside, total_extents=(ledger.budget_bytes - outside) // ledger.extent_bytes
         )
         if fitted.total_extents < arena.total_extents:
-            needed = (arena.total_extents * arena.extent_bytes + outside) / GIB
+            needed = (arena.total_extents * arena.extent_bytes + outside) / GIB + 0.005
             raise ConfigError(
-                f"memory.budget_gib is {ledger.budget_bytes / GIB:.4g}, but this model needs at least {needed:.4g} GiB."
+                f"memory.budget_gib is {ledger.budget_bytes / GIB:.4g}, but this model needs at least {needed:.2f} GiB."
             )
         arena.extend(fitted.total_extents - arena.total_extents)
         return fitted

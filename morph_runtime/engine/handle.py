@@ -47,5 +47,5 @@ class KeeperSettings:
 
     restarts: int = 5
     pause_s: float = 0.5
-    silence_s: float = 120.0
+    silence_s: float = 60.0
     start_timeout_s: float = 600.0

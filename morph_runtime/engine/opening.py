@@ -69,10 +69,17 @@ def open_pack(config: EngineConfig, folder: Path, device: torch.device = CPU) ->
     pack = PackReader(folder)
     try:
         spec, dtype, rungs = ModelSpec.from_folder(folder), dtype_of(config), _rungs(config)
-        pack.check_settings(dtype, rungs, spec.layers)
+        # A GPU makes its own W8 and W4: it reads but the full precision of a pack.
+        read = rungs if device.type == "cpu" else rungs[:1]
+        if read != rungs and pack.from_awq and "w4" in rungs:
+            raise ConfigError(
+                f"{folder} has the W4 of an AWQ checkpoint in a CPU's layout: on a GPU, set MORPH_MODEL and "
+                "MORPH_AWQ to the two checkpoints themselves."
+            )
+        pack.check_settings(dtype, read, spec.layers)
         slots = LayerSlots(spec, pack, dtype, rungs, device, forced_kernels(config))
         static = StaticWeights(spec, pack, dtype)
-        pack.check_layouts(slots, static)
+        pack.check_layouts(slots if read == rungs else LayerSlots(spec, pack, dtype, read), static)
         if config.model.pack_source:
             pack.check_source(Path(config.model.pack_source))
         if config.model.verify_pack:

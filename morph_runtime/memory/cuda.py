@@ -108,8 +108,8 @@ class CudaPageArena(PageArena):
                     address = span.address + first * size
                     for piece in range(count):
                         self._call(self._driver.cuMemMap(address + piece * size, size, 0, self._handles[extent], 0))
+                        aliases.append((address + piece * size, size))
                     self._call(self._driver.cuMemSetAccess(address, count * size, [self._access], 1))
-                    aliases.append((address, count * size))
             yield
         finally:
             torch.cuda.synchronize(self._device)

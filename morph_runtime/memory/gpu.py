@@ -26,7 +26,7 @@ class GpuMemory:
         first = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
         try:
             pynvml.nvmlInit()
-            if first.startswith("GPU-"):
+            if first.startswith(("GPU-", "MIG-")):
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(first)
             else:
                 self._handle = pynvml.nvmlDeviceGetHandleByIndex(int(first) if first.isdigit() else 0)
@@ -35,6 +35,19 @@ class GpuMemory:
             raise ConfigError(
                 f"device is cuda, but NVML does not answer ({error}): check the driver, or set MORPH_DEVICE=cpu."
             ) from error
+
+    def check(self, uuid: str) -> None:
+        """Make sure that NVML was asked for the GPU that CUDA has opened.
+
+        Raises:
+            ConfigError: it was another one.
+        """
+        asked = str(self._nvml.nvmlDeviceGetUUID(self._handle))
+        if not asked.startswith("MIG-") and asked.removeprefix("GPU-") != uuid.removeprefix("GPU-"):
+            raise ConfigError(
+                "CUDA and NVML number the GPUs of this machine differently: set CUDA_DEVICE_ORDER=PCI_BUS_ID, or "
+                "CUDA_VISIBLE_DEVICES to a GPU's UUID (nvidia-smi -L)."
+            )
 
     def used_bytes(self) -> int:
         """Bytes taken since."""

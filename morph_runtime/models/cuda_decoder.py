@@ -69,6 +69,11 @@ class CudaDecoder:
         self._table = RopeTable(spec.rope, spec.head_dim, max_model_len, static.embedding.dtype).to(keys.device)
 
     @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens that each layer's queries see; 0: all before them."""
+        return self._spec.windows
+
+    @property
     def workspace_bytes(self) -> int:
         """Memory that it holds for life, `scratch` apart: the rotary table."""
         return self._table.nbytes

@@ -3,7 +3,8 @@
 On the way down the quantized bytes never cross PCIe: the kernels' own `pack` makes them from the
 full-precision weights that are on the GPU. It takes a fraction of a step, so the steps that follow are
 simply put behind it. On the way up the full precision is copied from pinned host memory; that takes
-longer than a step, so the layer flips only when the copy is over.
+longer than a step, so the layer flips only when the copy is over. W4 of an AWQ checkpoint, which cannot be
+made from the full precision, is copied as well.
 """
 
 from __future__ import annotations
@@ -22,9 +23,6 @@ from morph_runtime.weights.slots import LayerSlots
 
 BOUNCE_BYTES = 32 * 2**20
 """Room on the GPU for rows of full precision that are quantized on their way in (from W8 to W4)."""
-COPY_BYTES = 4 * 2**20
-"""Copied over PCIe at a time. The inputs of a step go the same way: they wait for one piece at most, about 75 us, not
-for a whole layer."""
 
 
 class StreamFilling(Filling):
@@ -55,7 +53,7 @@ class StreamFiller(LayerFiller):
 
         Args:
             slots: of the device.
-            store: the full precision in host memory.
+            store: what is copied: the full precision, and W4 if it comes from an AWQ checkpoint.
             steps: the stream on which steps run.
             depth: changes that may be under way at the same time.
         """
@@ -73,16 +71,14 @@ class StreamFiller(LayerFiller):
     ) -> Filling:
         """See `LayerFiller.start`; `wake` is not called, since the loop polls while layers change."""
         with torch.cuda.stream(self._stream):
-            if rung == "full":
-                stored = self._store.bytes_of(layer)
-                for first in range(0, stored.shape[0], COPY_BYTES):
-                    part = stored[first : first + COPY_BYTES]
-                    slot[first : first + part.shape[0]].copy_(part, non_blocking=True)
+            stored = self._store.find(layer, rung)
+            if stored is not None:
+                slot[: stored.shape[0]].copy_(stored, non_blocking=True)
             else:
                 self._quantize(self._slots.bind(layer, rung, slot), source)
             event = torch.cuda.Event()
             event.record(self._stream)
-        return StreamFilling(event, self._steps, at_once=rung != "full" and source is not None)
+        return StreamFilling(event, self._steps, at_once=stored is None and source is not None)
 
     def close(self) -> None:
         """See `LayerFiller.close`; unpins the host memory."""
@@ -90,7 +86,7 @@ class StreamFiller(LayerFiller):
         self._store.close()
 
     def _quantize(self, target: LayerWeights, source: LayerWeights | None) -> None:
-        origin = source or self._store.bind(target.layer)
+        origin = source or self._store.full(target.layer)
         copy_norms(origin, target)
         for full, linear in zip(origin.linears, target.linears, strict=True):
             if linear.bias is not None and full.bias is not None:
@@ -108,7 +104,5 @@ class StreamFiller(LayerFiller):
         room = self._bounce[: step * columns * rows.itemsize].view(rows.dtype).view(step, columns)
         for first in range(0, total, step):
             part = rows[first : first + step]
-            few = max(1, COPY_BYTES // (columns * rows.itemsize))
-            for row in range(0, len(part), few):
-                room[row : row + few][: len(part) - row].copy_(part[row : row + few], non_blocking=True)
+            room[: len(part)].copy_(part, non_blocking=True)
             linear.kernel.pack(room[: len(part)], linear.tensors, first)

@@ -48,16 +48,18 @@ class KVResizer:
         """No shrink is under way."""
         return self._shrinking is None
 
-    def grow(self, keep: int = 0) -> int:
+    def grow(self, most: int, keep: int = 0) -> int:
         """Turn spare extents into KV blocks; returns the blocks gained.
 
         Args:
+            most: blocks to have in the end; the ledger's figure for the level, which leaves room for deeper ones.
             keep: extents to leave free besides the staging area, for changes that follow at once.
 
         Raises:
             OSError: the system refused a mapping; nothing has changed.
         """
-        quanta = max(0, self._arena.free_extents - self._staging - keep) // self._cache.quantum_extents
+        spare = (self._arena.free_extents - self._staging - keep) // self._cache.quantum_extents
+        quanta = max(0, min(spare, (most - self._cache.mapped_blocks) // self._cache.quantum_blocks))
         if quanta:
             self._cache.grow(quanta)
             self._pool.grow(self._cache.mapped_blocks)
@@ -87,9 +89,10 @@ class KVResizer:
         self._shrinking = quanta, self._order.fence()
 
     def lend(self, extents: int) -> None:
-        """Give up free blocks of the tail at once, for so many extents if they suffice; `grow` takes them back.
+        """Give up free blocks of the tail, for so many extents if they suffice; `grow` takes them back.
 
-        At most half of the free tail, so that what runs can go on growing. Nothing moves, nothing is evicted.
+        At most half of the free tail, so that what runs can go on growing. Nothing moves, nothing is evicted; the pages
+        are free after `finish`, as with `lower`.
         """
         if self._shrinking is not None or extents <= 0:
             return
@@ -98,7 +101,7 @@ class KVResizer:
         if quanta:
             self._pool.reserve_below(self._cache.mapped_blocks - quanta * blocks)
             self._pool.commit_migration(self._pool.plan_migration())
-            self._cache.shrink(quanta)
+            self._shrinking = quanta, self._order.fence()
             self.has_lent = True
 
     def finish(self, wait: bool = False) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from morph_runtime.errors import ConfigError
 from morph_runtime.kv import CannotShrink
+from morph_runtime.memory.arena import ArenaExhausted
 from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.morph.levels import LevelPlan
 from morph_runtime.morph.resizer import KVResizer
@@ -22,6 +23,11 @@ from morph_runtime.morph.swapper import LayerSwapper
 
 FIRST_HOLD_S, LONGEST_HOLD_S = 1.0, 60.0
 """Pause after a shift that failed (a checkpoint that cannot be read, no memory mapping); doubles each time."""
+
+
+COPIES_AHEAD = 3
+"""Layers that are on their way up at the same time: enough to keep the bus busy, and no more, as whatever else is
+copied to the device waits for them."""
 
 
 @dataclass
@@ -115,17 +121,17 @@ class LevelShifter:
         self._direction = direction
         if direction < 0 and not self._make_room():
             return
-        if direction > 0:
+        if direction > 0 and self._resizer.finish():
             free = self._resizer.free_extents
             self._resizer.lend(self._extents_ahead(self._begun, self._swapper.depth - self._swapper.num_pending) - free)
-        while self._begun != self.target:
+        while self._begun != self.target and (direction > 0 or self._swapper.num_pending < COPIES_AHEAD):
             change = self._plan.transition(self._begun, direction)
             if (direction < 0 and self._begun == self._room) or not self._swapper.can_begin(change):
                 return
             began = self._clock()
             try:
                 self._swapper.begin(change)
-            except OSError as reason:
+            except (ArenaExhausted, OSError) as reason:
                 self._give_up(reason)
                 return
             self._began_s.append(began)
@@ -206,7 +212,7 @@ class LevelShifter:
         if self.target > self._begun:
             keep = self._extents_ahead(self._begun + 1, self._swapper.depth - 1)
         try:
-            self._resizer.grow(keep)
+            self._resizer.grow(self._capacities[self._begun], keep)
         except OSError as reason:
             logging.getLogger(__name__).error("the KV cache could not grow: %s", reason)
         self._room = self._begun

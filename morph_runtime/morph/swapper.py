@@ -155,7 +155,11 @@ class LayerSwapper:
         slot = self._map(change.layer, change.target)
         # Quantizing needs the full-precision bytes; from another rung they come from the checkpoint.
         source = self._layers[change.layer] if change.source == "full" else None
-        filling = self._filler.start(change.layer, change.target, slot, source, self._wake)
+        try:
+            filling = self._filler.start(change.layer, change.target, slot, source, self._wake)
+        except BaseException:
+            self._ranges[change.target].unmap(self._place[change.layer])
+            raise
         self._pending.append(Change(change, filling))
 
     def commit(self, behind: Callable[[], Fence]) -> Transition:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.errors import RequestError
 from morph_runtime.text.structured import structured_outputs, with_current_names
@@ -29,6 +31,9 @@ from morph_runtime.text.values import (
 )
 
 PARAMETERS_FIELD = "sampling_parameters"
+
+TO_THE_END = -1
+"""`max_tokens` for "until the context is full", whatever room the prompt leaves in it."""
 
 _INT32_MAX = 2**31 - 1
 _INT64_MAX = 2**63 - 1
@@ -110,7 +115,7 @@ def parse_sampling_parameters(source: Mapping[str, Any] | str, limits: Parameter
     params = SamplingParams(**fields)
     if params.n > 1 and params.temperature == 0.0:
         raise RequestError("n", f"must be 1 with greedy sampling (temperature 0), but is {params.n}.")
-    if params.min_tokens > params.max_tokens:
+    if params.min_tokens > params.max_tokens != TO_THE_END:
         raise RequestError(
             "min_tokens", f"must be at most max_tokens, which is {params.max_tokens}, but is {params.min_tokens}."
         )
@@ -120,7 +125,7 @@ def parse_sampling_parameters(source: Mapping[str, Any] | str, limits: Parameter
 def _readers(limits: ParameterLimits) -> dict[str, Callable[[str, Any], Any]]:
     return {
         "n": lambda key, value: read_integer(key, value, 1, limits.max_outputs),
-        "max_tokens": lambda key, value: read_integer(key, value, 1, limits.max_tokens),
+        "max_tokens": lambda key, value: _max_tokens(key, value, limits),
         "min_tokens": lambda key, value: read_integer(key, value, 0, limits.max_tokens),
         "temperature": _temperature,
         "top_p": _top_p,
@@ -141,6 +146,13 @@ def _readers(limits: ParameterLimits) -> dict[str, Callable[[str, Any], Any]]:
         "include_stop_str_in_output": read_boolean,
         "skip_special_tokens": read_boolean,
     }
+
+
+def within_context(sampling: SamplingParams, prompt_tokens: int, max_model_len: int) -> SamplingParams:
+    """The same parameters with a number for `TO_THE_END`; at least 1, so that a full context is still complained of."""
+    if sampling.max_tokens != TO_THE_END:
+        return sampling
+    return msgspec.structs.replace(sampling, max_tokens=max(1, max_model_len - prompt_tokens))
 
 
 def stop_strings(value: Any, limits: ParameterLimits | None = None) -> tuple[str, ...]:
@@ -173,6 +185,12 @@ def _parse_json(text: str, limits: ParameterLimits) -> Mapping[str, Any]:
 
 def _refuse_constant(name: str) -> Any:
     raise RequestError(PARAMETERS_FIELD, f"{name} is not a number that JSON allows.")
+
+
+def _max_tokens(key: str, value: Any, limits: ParameterLimits) -> int:
+    if value in (TO_THE_END, str(TO_THE_END)):
+        return TO_THE_END
+    return read_integer(key, value, 1, limits.max_tokens)
 
 
 def _temperature(key: str, value: Any) -> float:

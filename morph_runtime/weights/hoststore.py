@@ -1,60 +1,65 @@
-"""The full-precision layers in pinned host memory, from where an up-shift copies them to the GPU."""
+"""Layers in pinned host memory, from where they are copied to the GPU."""
 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.rung import Rung
 from morph_runtime.weights.bound import LayerWeights
 from morph_runtime.weights.slots import LayerSlots
 
 
 class PinnedStore:
-    """One pinned buffer per layer, laid out as its slot on the device is."""
+    """One pinned buffer per layer and rung, laid out as its slot on the device is."""
 
-    def __init__(self, slots: LayerSlots, num_layers: int) -> None:
-        """Read every layer at full precision into memory, then pin it.
+    def __init__(self, slots: Mapping[Rung, LayerSlots], num_layers: int) -> None:
+        """Read every layer at some rungs into memory, and pin it.
 
         Args:
-            slots: of the host; its layout of `full` is the device's.
+            slots: by rung, `full` among them; they fill the buffers in the device's layout.
             num_layers: of the model.
 
         Raises:
             ConfigError: a checkpoint that cannot be read, or memory that cannot be pinned.
         """
         self._slots = slots
-        self._layers: list[Tensor] = []
-        for layer in range(num_layers):
-            slot = _whole_pages(slots.slot_bytes("full"))
-            slots.fill(layer, "full", slot)
-            self._pin(slot)
-            self._layers.append(slot)
+        self._layers: dict[tuple[int, Rung], Tensor] = {}
+        for rung, filler in slots.items():
+            for layer in range(num_layers):
+                slot = _whole_pages(filler.slot_bytes(rung))
+                filler.fill(layer, rung, slot)
+                self._pin(slot)
+                self._layers[layer, rung] = slot
 
-    def bytes_of(self, layer: int) -> Tensor:
-        """A layer as it lies in its slot, pinned uint8 [slot_bytes]."""
-        return self._layers[layer][: self._slots.slot_bytes("full")]
+    def find(self, layer: int, rung: Rung) -> Tensor | None:
+        """A layer as it lies in its slot, pinned uint8 [slot_bytes]; None if this rung is not kept."""
+        slot = self._layers.get((layer, rung))
+        return None if slot is None else slot[: self._slots[rung].slot_bytes(rung)]
 
-    def bind(self, layer: int) -> LayerWeights:
-        """The same, as a layer."""
-        return self._slots.bind(layer, "full", self._layers[layer])
+    def full(self, layer: int) -> LayerWeights:
+        """A layer at full precision, in pinned memory."""
+        return self._slots["full"].bind(layer, "full", self._layers[layer, "full"])
 
     def close(self) -> None:
         """Unpin; no copy may be under way."""
         while self._layers:
-            torch.cuda.cudart().cudaHostUnregister(self._layers.pop().data_ptr())
+            _, slot = self._layers.popitem()
+            torch.cuda.cudart().cudaHostUnregister(slot.data_ptr())
 
     def _pin(self, slot: Tensor) -> None:
         # Registered, not allocated pinned: PyTorch's pinned allocator rounds sizes up to powers of two.
         status = int(torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), slot.nbytes, 0))
         if status:
-            pinned = len(self._layers) * slot.nbytes / 2**30
+            pinned = sum(kept.nbytes for kept in self._layers.values()) / 2**30
             self.close()
             raise ConfigError(
-                f"Host memory for the full-precision weights could not be pinned after {pinned:.1f} GiB (CUDA error "
-                f"{status}): raise the memory or memlock limit of this process."
+                f"Host memory for the weights could not be pinned after {pinned:.1f} GiB (CUDA error {status}): raise "
+                "the memory or memlock limit of this process."
             )
 
 

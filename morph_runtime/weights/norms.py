@@ -42,8 +42,8 @@ def read_norms(spec: ModelSpec, reader: CheckpointReader, layer: int, target: La
 
 
 def copy_norms(source: LayerWeights, target: LayerWeights) -> None:
-    """Copy the norms of the same layer at another rung."""
-    target.input_norm.copy_(source.input_norm)
-    target.post_norm.copy_(source.post_norm)
+    """Copy the norms of the same layer at another rung; in stream order if one of them is pinned host memory."""
+    target.input_norm.copy_(source.input_norm, non_blocking=True)
+    target.post_norm.copy_(source.post_norm, non_blocking=True)
     if target.qk_norm is not None and source.qk_norm is not None:
-        target.qk_norm.copy_(source.qk_norm)
+        target.qk_norm.copy_(source.qk_norm, non_blocking=True)

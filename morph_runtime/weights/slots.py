@@ -83,6 +83,11 @@ class LayerSlots:
         return tuple(self._layouts)
 
     @property
+    def reads_w4(self) -> bool:
+        """Whether W4 comes from an AWQ checkpoint, and cannot be made from the full precision."""
+        return self._awq is not None
+
+    @property
     def scratch_bytes(self) -> int:
         """Bytes of the buffer that every forward shares, the largest need of any linear at any rung."""
         pairs = (zip(self._linears, kernels, strict=True) for kernels in self._kernels.values())

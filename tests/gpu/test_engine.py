@@ -83,6 +83,17 @@ def test_seeded_draws_repeat_whatever_else_is_in_the_batch(model: Path, engines:
     assert run_all(engine)[3] == together[3]
 
 
+def test_a_seeded_row_draws_the_same_beside_rows_that_the_host_samples(model: Path, engines: Engines) -> None:
+    engine = engines.make(model, dtype="float32")
+    tokens = []
+    for beside in (False, True):
+        submit(engine, 1, [9, 4, 17] * 6, 20, temperature=1.0, seed=11)
+        if beside:
+            submit(engine, 2, [8] * 30, 20, temperature=0.8, top_p=0.9, seed=3)
+        tokens.append(run_all(engine)[1])
+    assert tokens[0] == tokens[1]
+
+
 def weights_of(engine: Engine) -> list[bytes]:
     """Every field of every layer; between fields a slot may hold anything."""
     swapper = engine.parts.swapper

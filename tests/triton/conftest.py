@@ -30,3 +30,30 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> Iterator[Tri
         yield server.wait_ready().wait_metrics()
     finally:
         assert server.stop() == 0, server.output()
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> Iterator[TritonServer]:
+    """One sequence at a time, one in the line, a queue of 6."""
+    folder = tmp_path_factory.mktemp("narrow")
+    environment = {
+        "MORPH_MODEL": str(tiny_model),
+        "MORPH_MODEL_REPOSITORY": str(fake_repository(folder / "repository", max_queue_size="6")),
+        "MORPH_MAX_NUM_SEQS": "1",
+        "FAKE_STEP_MS": "5",
+    }
+    server = TritonServer(folder, environment)
+    try:
+        yield server.wait_ready().wait_metrics()
+    finally:
+        assert server.stop() == 0, server.output()
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    """The product as it ships, with the demo model."""
+    server = TritonServer(tmp_path_factory.mktemp("real"), {"MORPH_MAX_NUM_SEQS": "4"})
+    try:
+        yield server.wait_ready(120).wait_metrics()
+    finally:
+        assert server.stop() == 0, server.output()

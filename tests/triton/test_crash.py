@@ -141,9 +141,12 @@ def test_an_engine_that_is_given_up_ends_every_stream_and_the_server(tmp_path: P
         GrpcStream(server).ask("crash", {"seed": SEED_CRASH})
         for stream in streams:
             last = stream.rest(10.0)[-1]
-            assert "Model is unavailable due to unhealthy engine: The engine process ended unexpectedly." in last.error
+            assert (
+                "Model is unavailable due to unhealthy vLLM engine: The engine process ended unexpectedly."
+                in last.error
+            )
         status, body = post(server, {"text_input": "abc"})
-        assert status >= 400 and "unhealthy engine" in body["error"]
+        assert status >= 400 and "unhealthy vLLM engine" in body["error"]
         assert grpc_status(server, "abc") == "UNAVAILABLE"
         until(lambda: server.metric("morph_engine_up") == 0, 1.5)
         assert server.process.wait(20) == 1

@@ -40,6 +40,7 @@ def ports() -> dict[str, str]:
         ({"MORPH_HTTP_PORT": "8001"}, "must be three different ports"),
         ({"MORPH_MODE": "fast"}, "morph.mode must be one of accuracy, balanced, performance, off, but is 'fast'."),
         ({"MORPH_MAX_NUM_SEQS": "many"}, "MORPH_MAX_NUM_SEQS must be a whole number, but is 'many'."),
+        ({"MORPH_LOG_LEVEL": "loud"}, "MORPH_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
         ({"MORPH_DRAIN_S": "-1"}, "MORPH_DRAIN_S must be between 0 and 3600 seconds"),
         ({"MORPH_HOST": "203.0.113.1"}, "MORPH_HOST '203.0.113.1' is not an address of this machine."),
         ({"MORPH_MODEL_REPOSITORY": "/no/such"}, "The model repository '/no/such' has no 'morph/config.pbtxt'."),
@@ -52,6 +53,14 @@ def test_bad_settings_are_one_sentence(
     assert done.returncode == 2
     assert said in done.stderr and done.stderr.count("\n") == 1 and done.stdout == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_check_alone_starts_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    done = launch(tmp_path, "--check", MORPH_MODEL=str(tiny_model), MORPH_MODE="off", MORPH_LOG_LEVEL="")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tiny_model} can be served, mode off.\n"
+    done = launch(tmp_path, "--check", MORPH_MODEL=str(tiny_model), MORPH_TRITON_DIR=str(tmp_path))
+    assert done.returncode == 2 and "is no Triton with a Python backend" in done.stderr
 
 
 def test_a_model_folder_without_a_tokenizer(tmp_path: Path) -> None:

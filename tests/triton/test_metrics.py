@@ -19,7 +19,7 @@ def test_every_metric_of_the_contract_is_there(server: TritonServer) -> None:
     for _ in range(2):
         generate(server, "hello world", max_tokens=10)
     document = (ROOT / "docs" / "wire.md").read_text()
-    names = re.findall(r"`((?:vllm:|morph_)\w+)`", document.split("## Metrics")[1])
+    names = re.findall(r"`((?:vllm:|morph_|nv_trt_llm_)\w+)`", document.split("## Metrics")[1])
     assert len(names) > 25
 
     def missing() -> list[str]:

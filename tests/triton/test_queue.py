@@ -2,40 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from triton_server import TritonServer, fake_repository
-from wire_client import GrpcStream, post, text_of, until
+from triton_server import TritonServer
+from wire_client import GrpcStream, fill, post, text_of, until
 
 pytestmark = pytest.mark.triton
-
-
-@pytest.fixture(scope="module")
-def narrow(tmp_path_factory: pytest.TempPathFactory, tiny_model) -> Iterator[TritonServer]:
-    """One sequence at a time, one in the line, a queue of 6."""
-    folder = tmp_path_factory.mktemp("narrow")
-    environment = {
-        "MORPH_MODEL": str(tiny_model),
-        "MORPH_MODEL_REPOSITORY": str(fake_repository(folder / "repository", max_queue_size="6")),
-        "MORPH_MAX_NUM_SEQS": "1",
-        "FAKE_STEP_MS": "5",
-    }
-    server = TritonServer(folder, environment)
-    try:
-        yield server.wait_ready().wait_metrics()
-    finally:
-        assert server.stop() == 0, server.output()
-
-
-def fill(server: TritonServer, tokens: int = 300) -> list[GrpcStream]:
-    """Occupy the engine (1 running), its line (2) and execute() (1)."""
-    streams = [GrpcStream(server).ask("hello world", {"max_tokens": tokens})]
-    streams[0].next()
-    streams += [GrpcStream(server).ask("in the line", {"max_tokens": 1}) for _ in range(3)]
-    until(lambda: server.metric("morph_execute_waiting") == 1, 5.0, "a request held in execute()")
-    return streams
 
 
 def finish(streams: list[GrpcStream]) -> None:
@@ -98,7 +70,7 @@ def test_a_cancelled_request_leaves_the_queue(narrow: TritonServer) -> None:
 
 def test_bad_input_behind_a_full_line_does_not_disturb(narrow: TritonServer) -> None:
     streams = fill(narrow)
-    bad = GrpcStream(narrow).ask("bad", {"max_tokens": -1})
+    bad = GrpcStream(narrow).ask("bad", {"max_tokens": -2})
     finish(streams)
     assert "max_tokens" in bad.rest()[-1].error
     assert text_of(GrpcStream(narrow).ask("abc", {"max_tokens": 2}).rest()) == "ab"

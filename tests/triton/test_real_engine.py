@@ -19,15 +19,6 @@ from wire_client import GrpcStream, generate, open_sse, post, sse, sse_events, t
 pytestmark = pytest.mark.triton
 
 
-@pytest.fixture(scope="module")
-def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    server = TritonServer(tmp_path_factory.mktemp("real"), {"MORPH_MAX_NUM_SEQS": "4"})
-    try:
-        yield server.wait_ready(120).wait_metrics()
-    finally:
-        assert server.stop() == 0, server.output()
-
-
 @pytest.fixture
 def fresh(tmp_path: Path) -> Iterator[TritonServer]:
     server = TritonServer(tmp_path, {"MORPH_MAX_NUM_SEQS": "4"})

@@ -171,3 +171,12 @@ def until(condition: Any, timeout_s: float = 10.0, what: str = "the condition") 
             return time.monotonic() - began
         time.sleep(0.01)
     raise AssertionError(f"{what} did not come true in {timeout_s} s")
+
+
+def fill(server: TritonServer, tokens: int = 300) -> list[GrpcStream]:
+    """Occupy the engine (1 running), its line (2) and execute() (1) of the server `narrow`."""
+    streams = [GrpcStream(server).ask("hello world", {"max_tokens": tokens})]
+    streams[0].next()
+    streams += [GrpcStream(server).ask("in the line", {"max_tokens": 1}) for _ in range(3)]
+    until(lambda: server.metric("morph_execute_waiting") == 1, 5.0, "a request held in execute()")
+    return streams

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from morph_backend.launcher.launch_settings import launch_settings
 from morph_backend.launcher.run_folder import RunFolder, sweep_stale
-from morph_backend.launcher.triton_files import check_python, find_triton
+from morph_backend.launcher.triton_files import check_python, find_installed, find_triton
 from morph_runtime.errors import ConfigError
 
 BAD_SETTINGS = 2
@@ -18,14 +18,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run Triton until a signal or its end.
 
     Returns:
-        0 after an orderly end by signal; 2 when a setting, the model or the machine is not fit to start (one
-        sentence on stderr); 1 when the server could not load the model or has died.
+        0 after an orderly end by signal, and after good checks with --check; 2 when a setting, the model or the
+        machine is not fit to start (one sentence on stderr); 1 when the server could not load the model or has died.
     """
     run: RunFolder | None = None
     try:
         settings = launch_settings(sys.argv[1:] if argv is None else argv, os.environ)
-        check_python()
-        files = find_triton()
+        if settings.triton is None:
+            check_python()
+        files = find_triton() if settings.triton is None else find_installed(settings.triton)
         try:  # only now: a Python that cannot serve need not have these packages
             from morph_backend.launcher.preflight import check_before_start
             from morph_backend.launcher.supervisor import Supervisor
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = RunFolder()
         repository = run.repository(settings)
         config = check_before_start(settings, repository / "morph")
+        if settings.check:
+            print(f"{config.model.path} can be served, mode {config.morph.mode}.")
+            return 0
         return Supervisor(settings, files, run, repository, config).run()
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,12 @@ class LaunchSettings:
     """Model repository; None: the checkout's, else the packaged one."""
     verbose: bool
     """Whether all of Triton's log is printed."""
+    triton: Path | None
+    """Folder of an installed Triton to use; None: the embedded one."""
+    triton_arguments: Sequence[str]
+    """Further arguments for tritonserver, after ours."""
+    check: bool
+    """Whether to end after the checks, without starting anything."""
     drain_s: float
     """Seconds that open streams get to end after SIGTERM or Ctrl-C."""
     admin_key: str
@@ -56,6 +63,8 @@ _OPTIONS: tuple[tuple[str, str, str], ...] = (
     ("--grpc-port", "MORPH_GRPC_PORT", "gRPC port (8001)"),
     ("--metrics-port", "MORPH_METRICS_PORT", "metrics port (8002)"),
     ("--model-repository", "MORPH_MODEL_REPOSITORY", "model repository with a folder 'morph'"),
+    ("--triton-dir", "MORPH_TRITON_DIR", "an installed Triton, such as /opt/tritonserver (the embedded one)"),
+    ("--triton-args", "MORPH_TRITON_ARGS", "further arguments for tritonserver, as one text"),
     ("--drain-seconds", "MORPH_DRAIN_S", "seconds for open streams to end at shutdown (30)"),
 )
 
@@ -74,10 +83,11 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
     for option, variable, meaning in _OPTIONS:
         parser.add_argument(option, dest=variable, metavar="X", help=f"{meaning}; {variable}")
     parser.add_argument("--verbose", action="store_true", help="print all of Triton's log; MORPH_LOG_VERBOSE=1")
+    parser.add_argument("--check", action="store_true", help="check settings and model, then end")
     given = vars(parser.parse_args(arguments))
-    verbose = given.pop("verbose")
+    verbose, check = given.pop("verbose"), given.pop("check")
     values = {**env, **{name: value for name, value in given.items() if value is not None}}
-    repository = values.get("MORPH_MODEL_REPOSITORY", "")
+    repository, triton = values.get("MORPH_MODEL_REPOSITORY", ""), values.get("MORPH_TRITON_DIR", "")
     settings = LaunchSettings(
         host=values.get("MORPH_HOST") or "127.0.0.1",
         http_port=_port(values, "MORPH_HTTP_PORT", 8000),
@@ -85,6 +95,9 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
         metrics_port=_port(values, "MORPH_METRICS_PORT", 8002),
         repository=Path(repository).resolve() if repository else None,
         verbose=verbose or values.get("MORPH_LOG_VERBOSE", "") not in ("", "0"),
+        triton=Path(triton).resolve() if triton else None,
+        triton_arguments=_words(values, "MORPH_TRITON_ARGS"),
+        check=check,
         drain_s=_seconds(values, "MORPH_DRAIN_S", 30.0),
         admin_key=_key(values, "MORPH_ADMIN_KEY"),
         environment=values,
@@ -99,6 +112,13 @@ def _key(values: Mapping[str, str], name: str) -> str:
     if key and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", key):
         raise ConfigError(f"{name} must be 16 to 128 letters, digits, '-' or '_'.")
     return key or secrets.token_urlsafe(24)
+
+
+def _words(values: Mapping[str, str], name: str) -> Sequence[str]:
+    try:
+        return shlex.split(values.get(name, ""))
+    except ValueError as error:
+        raise ConfigError(f"{name} cannot be split into arguments: {error}.") from None
 
 
 def _port(values: Mapping[str, str], name: str, default: int) -> int:

@@ -7,8 +7,8 @@ import socket
 from pathlib import Path
 
 from morph_backend.launcher.launch_settings import LaunchSettings
-from morph_backend.settings import load_engine_config
-from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_backend.settings import load_model_file
+from morph_runtime.config import EngineConfig, log_level, resolve_model_folder
 from morph_runtime.errors import ConfigError
 from morph_runtime.text.tokenizer import Tokenizer
 
@@ -25,7 +25,8 @@ def check_before_start(settings: LaunchSettings, model: Path) -> EngineConfig:
     """
     if not (model / "config.pbtxt").is_file():
         raise ConfigError(f"The model repository '{model.parent}' has no 'morph/config.pbtxt'.")
-    config = load_engine_config(model / "1" / "model.json", settings.environment)
+    log_level(settings.environment)
+    config = load_model_file(model / "1" / "model.json", settings.environment).config
     Tokenizer.from_folder(resolve_model_folder(config.model.path))
     for variable, port in settings.ports.items():
         check_port(settings.host, port, variable)

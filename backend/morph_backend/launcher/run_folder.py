@@ -13,7 +13,7 @@ from pathlib import Path
 
 from morph_backend.launcher.launch_settings import LaunchSettings
 from morph_backend.launcher.processes import processes_of
-from morph_backend.launcher.triton_files import TritonFiles
+from morph_backend.launcher.triton_files import STUB, TritonFiles
 from morph_backend.settings import checkout_root
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -50,9 +50,9 @@ class RunFolder:
         folder = self.path / "backends" / "python"
         folder.mkdir(parents=True)
         for source in files.backend.iterdir():
-            if source.is_file():
+            if source.is_file() and source.name != STUB:
                 _link_or_copy(source, folder / source.name)
-        stub = folder / "triton_python_backend_stub"
+        stub = folder / STUB
         shutil.copyfile(files.stub, stub)
         stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
         return folder.parent

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 
+from morph_backend.auto_config import names_tensors
 from morph_backend.control import RUN_DIR_VARIABLE, ControlFolder
 from morph_backend.launcher.launch_settings import LaunchSettings
 from morph_backend.launcher.processes import ProcessWatch, end_processes
@@ -182,7 +183,6 @@ class Supervisor:
             f"--model-repository={self._repository}",
             f"--backend-directory={self._run.backends(self._files)}",
             f"--backend-config=python,shm-region-prefix-name={self._run.shm_prefix}",
-            "--disable-auto-complete-config",
             f"--http-address={settings.host}",
             f"--http-port={settings.http_port}",
             f"--grpc-address={settings.host}",
@@ -194,7 +194,10 @@ class Supervisor:
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             f"--log-verbose={1 if settings.verbose else 0}",
         ]
-        return command if _has_gpu() else [*command, "--allow-gpu-metrics=false"]
+        if names_tensors(self._repository / "morph" / "config.pbtxt"):
+            command.append("--disable-auto-complete-config")  # nothing to complete: it saves the start of a stub
+        gpu = [] if _has_gpu() else ["--allow-gpu-metrics=false"]
+        return [*command, *gpu, *settings.triton_arguments]
 
     def _environment(self) -> Mapping[str, str]:
         settings = self._settings

@@ -1,10 +1,12 @@
-"""Triton's files inside the nvidia-pytriton wheel, found without importing it, and whether they fit this Python."""
+"""Triton's files, and whether they fit this Python: an installed Triton's (`MORPH_TRITON_DIR`, as in NVIDIA's images),
+else those inside the nvidia-pytriton wheel, which is found without importing it."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.metadata
 import importlib.util
+import re
 import sys
 import sysconfig
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from pathlib import Path
 from morph_runtime.errors import ConfigError
 
 PYTHONS = ((3, 10), (3, 11), (3, 12))
+STUB = "triton_python_backend_stub"
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,33 @@ def check_python(version: tuple[int, int] | None = None, numpy_version: str | No
         )
 
 
+def find_installed(root: Path, version: tuple[int, int] | None = None) -> TritonFiles:
+    """Locate the parts of an installed Triton; `version` replaces this interpreter's (for tests).
+
+    Raises:
+        ConfigError: a part is missing, or its Python stub is made for another Python than this one.
+    """
+    version = version or sys.version_info[:2]
+    backend = root / "backends" / "python"
+    files = TritonFiles(
+        server=root / "bin" / "tritonserver",
+        backend=backend,
+        stub=backend / STUB,
+        library_path=f"{root / 'lib'}:{_python_library_folder()}",
+    )
+    for path in (files.server, files.backend, files.stub):
+        if not path.exists():
+            raise ConfigError(f"MORPH_TRITON_DIR '{root}' is no Triton with a Python backend: it has no '{path}'.")
+    linked = re.search(rb"libpython(3\.\d+)\.so", files.stub.read_bytes())
+    wanted = linked[1].decode() if linked else ""
+    if wanted and wanted != f"{version[0]}.{version[1]}":
+        raise ConfigError(
+            f"The Triton in '{root}' runs models in Python {wanted}, but this is Python {version[0]}.{version[1]}:"
+            f" install morphserve in Python {wanted}, or take a Triton release for this Python."
+        )
+    return files
+
+
 def find_triton() -> TritonFiles:
     """Locate the embedded Triton.
 
@@ -68,7 +98,7 @@ def find_triton() -> TritonFiles:
     files = TritonFiles(
         server=root / "bin" / "tritonserver",
         backend=root / "backends" / "python",
-        stub=root / "python_backend_stubs" / minor / "triton_python_backend_stub",
+        stub=root / "python_backend_stubs" / minor / STUB,
         library_path=f"{package.parent / 'nvidia_pytriton.libs'}:{_python_library_folder()}",
     )
     for path in (files.server, files.backend, files.stub):

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, pack, quantize, replay, serve, top
+from morph_client.cli import chat, demo, generate, openai, pack, quantize, replay, serve, top
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -24,6 +24,7 @@ def build_app() -> typer.Typer:
     app.command("serve")(serve.serve)
     app.command("generate")(generate.generate)
     app.command("chat")(chat.chat)
+    app.command("openai")(openai.openai)
     app.command("top")(top.top)
     app.command("replay")(replay.replay)
     app.command("demo")(demo.demo)

@@ -110,3 +110,14 @@ def test_a_request_that_cannot_be_polled_does_not_hide_the_others(house: House) 
     house.service.poll()
     assert finished(gone).error.code == "CANCELLED"
     assert finished(sick).error.code == "INTERNAL"
+
+
+def test_while_the_engine_is_restarted_the_serving_process_beats_for_it(house: House) -> None:
+    house.service.on_restarting("it fell over")
+    assert not house.service.healthy
+    house.recorder.take()
+    house.service.poll()
+    beats = [name for name, _ in house.recorder.take().gauges]
+    assert "morph_engine_heartbeat_seconds" in beats
+    house.service.on_restarted()
+    assert house.service.healthy

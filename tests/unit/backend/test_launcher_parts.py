@@ -15,7 +15,7 @@ from morph_backend.launcher.preflight import check_port
 from morph_backend.launcher.processes import end_processes, processes_of
 from morph_backend.launcher.run_folder import RunFolder, sweep_stale
 from morph_backend.launcher.server_log import LogFilter, Severity, classify
-from morph_backend.launcher.triton_files import check_python, find_triton
+from morph_backend.launcher.triton_files import check_python, find_installed, find_triton
 from morph_runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -185,3 +185,34 @@ def test_only_a_runs_own_processes_and_memory_end(tmp_path: Path, monkeypatch: p
         alien.kill()
         alien.wait()
         other.unlink()
+
+
+def installed(root: Path, stub: bytes) -> Path:
+    (root / "bin").mkdir(parents=True)
+    (root / "backends" / "python").mkdir(parents=True)
+    (root / "bin" / "tritonserver").write_bytes(b"")
+    (root / "backends" / "python" / "triton_python_backend_stub").write_bytes(stub)
+    return root
+
+
+def test_an_installed_triton_is_used_if_its_stub_fits_this_python(tmp_path: Path) -> None:
+    own = f"libpython{sys.version_info[0]}.{sys.version_info[1]}.so.1.0"
+    root = installed(tmp_path / "triton", b"\x7fELF " + own.encode() + b" more")
+    files = find_installed(root)
+    assert files.server == root / "bin" / "tritonserver" and files.stub.parent == files.backend
+    with pytest.raises(ConfigError, match=r"runs models in Python 3\.\d+, but this is Python 3\.9: install"):
+        find_installed(root, version=(3, 9))
+    files.stub.unlink()
+    with pytest.raises(ConfigError, match="is no Triton with a Python backend"):
+        find_installed(root)
+
+
+def test_the_stub_of_an_installed_triton_is_copied_and_left_as_it_is(tmp_path: Path) -> None:
+    root = installed(tmp_path / "triton", b"stub")
+    files = find_installed(root)
+    run = RunFolder()
+    try:
+        copy = run.backends(files) / "python" / "triton_python_backend_stub"
+        assert copy.read_bytes() == b"stub" and not copy.samefile(files.stub)
+    finally:
+        run.remove()

@@ -94,7 +94,7 @@ def test_bad_input_is_refused_before_any_credit(house: House) -> None:
     for _ in range(3):
         house.ask('{"max_tokens": 400}')
     began = time.monotonic()
-    sender = finished(house.ask('{"max_tokens": -1}'))
+    sender = finished(house.ask('{"max_tokens": -2}'))
     assert time.monotonic() - began < 0.5
     assert sender.error.code == "INVALID_ARG" and "max_tokens" in str(sender.error)
 
@@ -177,7 +177,7 @@ def test_a_dead_engine_ends_all_and_refuses_more(house: House) -> None:
         assert finished(sender).error.code == "UNAVAILABLE"
     assert not house.service.healthy
     late = finished(house.ask("{}"))
-    assert late.error.code == "UNAVAILABLE" and "unhealthy engine" in str(late.error)
+    assert late.error.code == "UNAVAILABLE" and "unhealthy vLLM engine" in str(late.error)
 
 
 def test_a_dead_engine_wakes_who_waits_for_a_credit(house: House) -> None:

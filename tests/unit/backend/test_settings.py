@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from morph_backend.settings import BackendSettings, backend_settings, checkout_root, load_engine_config
+from morph_backend.settings import (
+    BackendSettings,
+    backend_settings,
+    checkout_root,
+    has_queue_timeouts,
+    load_model_file,
+)
 from morph_runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,8 +46,8 @@ def test_bad_values(values: dict[str, str], said: str) -> None:
 def test_the_environment_wins_over_model_json(tmp_path: Path) -> None:
     file = tmp_path / "model.json"
     file.write_text(json.dumps({"model": {"path": "a"}, "scheduler": {"max_num_seqs": 3}}))
-    assert load_engine_config(file, {}).scheduler.max_num_seqs == 3
-    config = load_engine_config(file, {"MORPH_MAX_NUM_SEQS": "5", "MORPH_MODEL": "b"})
+    assert load_model_file(file, {}).config.scheduler.max_num_seqs == 3
+    config = load_model_file(file, {"MORPH_MAX_NUM_SEQS": "5", "MORPH_MODEL": "b"}).config
     assert (config.scheduler.max_num_seqs, config.model.path) == (5, "b")
 
 
@@ -49,11 +55,11 @@ def test_the_environment_wins_over_model_json(tmp_path: Path) -> None:
 def test_a_bad_model_json(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.json").write_text(text)
     with pytest.raises(ConfigError):
-        load_engine_config(tmp_path / "model.json", {})
+        load_model_file(tmp_path / "model.json", {})
 
 
 def test_a_missing_model_json_means_defaults(tmp_path: Path) -> None:
-    assert load_engine_config(tmp_path / "model.json", {"MORPH_MODEL": "m"}).model.path == "m"
+    assert load_model_file(tmp_path / "model.json", {"MORPH_MODEL": "m"}).config.model.path == "m"
 
 
 def test_the_packaged_repository_is_the_checkouts() -> None:
@@ -96,3 +102,18 @@ def test_without_a_checkout_the_packaged_repository_is_written_out(monkeypatch: 
     finally:
         run.remove()
     assert not run.path.exists()
+
+
+@pytest.mark.parametrize(
+    "policy, ends",
+    [
+        ({"allow_timeout_override": True, "default_timeout_microseconds": "60000000"}, True),
+        ({"allow_timeout_override": True, "default_timeout_microseconds": "9", "timeout_action": "DELAY"}, False),
+        ({"allow_timeout_override": True, "default_timeout_microseconds": "0"}, False),
+        ({"default_timeout_microseconds": "60000000"}, False),
+        (None, False),
+    ],
+)
+def test_nudges_need_a_queue_that_ends_expired_requests(policy: dict[str, Any] | None, ends: bool) -> None:
+    assert has_queue_timeouts({"dynamic_batching": {"default_queue_policy": policy}}) is ends
+    assert has_queue_timeouts({}) is False

@@ -166,7 +166,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         lines = [
             f"nv_inference_pending_request_count{{{labels}}} {self.waiting}",
             f"vllm:num_requests_running{{{labels}}} {self.running}",
-            f"vllm:num_requests_waiting{{{labels}}} 0",
+            f"morph_requests_in_line{{{labels}}} 0",
             f"morph_level{{{labels}}} {level}",
             f"morph_level_max{{{labels}}} {LAYERS}",
             f"morph_kv_blocks_capacity{{{labels}}} {blocks}",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.errors import RequestError
-from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters
+from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters, within_context
 
 LIMITS = ParameterLimits(
     max_tokens=100,
@@ -31,6 +31,14 @@ def parse(source: Any) -> SamplingParams:
 def test_nothing_given_means_vllms_defaults(source: Any) -> None:
     assert parse(source) == SamplingParams()
     assert SamplingParams().max_tokens == 16
+
+
+@pytest.mark.parametrize("source", ['{"max_tokens": -1, "min_tokens": 20}', '{"max_tokens": "-1", "min_tokens": 20}'])
+def test_minus_one_asks_for_all_that_the_context_has_room_for(source: str) -> None:
+    params = parse(source)
+    assert within_context(params, 30, 100).max_tokens == 70
+    assert within_context(params, 100, 100).max_tokens == 1, "too long a prompt is refused elsewhere"
+    assert within_context(SamplingParams(max_tokens=7), 30, 100).max_tokens == 7
 
 
 def test_numbers_may_be_strings() -> None:

@@ -1,0 +1,98 @@
+"""The parts of `morph openai` that need no server; the whole is tested in tests/triton/test_openai.py."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+from client_fakes import REFUSALS, FakeTriton
+
+from morph_client import AsyncMorphClient
+from morph_client.errors import BadInput, DeadlineExceeded, InvalidRequest, MorphError, ServerError
+from morph_client.openai.answers import Choice, likely, usage
+from morph_client.openai.app import Served, build_app
+from morph_client.openai.problems import from_server
+from morph_client.openai.server import listen
+from morph_client.types import TokenLogprob
+
+
+def ask(triton: FakeTriton, body: dict[str, Any], path: str = "/v1/completions") -> httpx.Response:
+    async def run() -> httpx.Response:
+        async with AsyncMorphClient(triton.url) as client:
+            transport = httpx.ASGITransport(build_app(client, Served("morph")), raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+                return await http.post(path, json={"model": "morph", **body})
+
+    return asyncio.run(run())
+
+
+STATUS = {"refuse": 400, "full": 429, "late": 503, "dead": 503, "broken": 500, "dropped": 503}
+
+
+# Words without a status that match nothing known count as the client's fault, so two are only told apart by theirs.
+WAYS = [(word, False) for word in REFUSALS] + [(word, True) for word in REFUSALS if word not in ("dead", "broken")]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("word, in_band", WAYS)
+def test_the_servers_refusals_have_their_status(triton: FakeTriton, word: str, stream: bool, in_band: bool) -> None:
+    answer = ask(triton, {"prompt": f"{word} {'in-band' if in_band else ''}", "stream": stream})
+    assert answer.status_code == STATUS[word]
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers.get("retry-after") == ("1" if STATUS[word] in (429, 503) else None)
+
+
+def test_a_stream_that_breaks_off_ends_with_an_error_and_no_done(triton: FakeTriton) -> None:
+    text = ask(triton, {"prompt": "cut", "stream": True, "max_tokens": 3}).text
+    assert "the text may be cut off" in text.split("\n\n")[-2] and "[DONE]" not in text
+
+
+@pytest.mark.parametrize(
+    "error, status, param, code",
+    [
+        (InvalidRequest("top_p: must be above 0."), 400, "top_p", None),
+        (InvalidRequest("text_input: must not be empty."), 400, "prompt", None),
+        (InvalidRequest("max_tokens: exceed the context of 9 tokens."), 400, "max_tokens", "context_length_exceeded"),
+        (InvalidRequest("No field is named here: at all."), 400, None, None),
+        (BadInput("the template refuses"), 400, "prompt", None),
+        (DeadlineExceeded("late"), 504, None, "deadline_exceeded"),
+        (ServerError("broken"), 500, None, None),
+    ],
+)
+def test_errors_name_the_parameter(error: MorphError, status: int, param: str | None, code: str | None) -> None:
+    found = from_server(error, "prompt")
+    assert (found.status, found.param, found.code) == (status, param, code)
+
+
+def test_each_prompt_counts_once_in_the_usage() -> None:
+    choices = [Choice(0, 0, prompt_tokens=5, tokens=2), Choice(1, 0, prompt_tokens=5, tokens=3)]
+    choices.append(Choice(2, 1, prompt_tokens=7, tokens=4))
+    assert usage(choices) == {"prompt_tokens": 12, "completion_tokens": 9, "total_tokens": 21}
+
+
+def test_the_most_likely_tokens_without_the_chosen_one_in_front() -> None:
+    chosen, first, second = TokenLogprob(5, "c", -3.0, 9), TokenLogprob(1, "a", -0.1, 1), TokenLogprob(2, "b", -0.2, 2)
+    assert likely([chosen, first, second], 2) == [first, second]
+    assert likely([second, first], 1) == [first] and likely([first], 0) == []
+
+
+def test_the_listening_socket_names_its_protocol() -> None:
+    """asyncio sets TCP_NODELAY on such sockets alone; without it each first token comes 40 ms late."""
+    with listen("127.0.0.1", 0) as listening:
+        assert listening.proto == socket.IPPROTO_TCP
+        port = listening.getsockname()[1]
+        with pytest.raises(BadInput, match=rf"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            listen("127.0.0.1", port)
+
+
+def test_wrong_options_are_one_sentence(morph: Callable[..., Any], tmp_path: Any) -> None:
+    assert "--chat-template needs --model" in morph("openai", "--chat-template", tmp_path / "x").stderr
+    assert "is not a folder" in morph("openai", "--model", tmp_path / "none").stderr
+    assert "is not a gRPC address" in morph("openai", "--url", "http://localhost:8000").stderr
+    (tmp_path / "tokenizer.json").write_text("{}")
+    result = morph("openai", "--model", tmp_path, "--chat-template", tmp_path / "none.jinja")
+    assert result.exit_code == 2 and "cannot be read" in result.stderr
