@@ -1,4 +1,4 @@
-"""Files through which the launcher and the model talk: `drain` in, `drained`, `ready` and `error` out.
+"""Files through which the launcher and the model talk: `drain` in, `drained`, `ready`, `closed` and `error` out.
 
 The folder is named by `MORPH_RUN_DIR`, which the launcher sets; without it (Triton started by
 other means) nothing is read or written.
@@ -13,6 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 RUN_DIR_VARIABLE = "MORPH_RUN_DIR"
+
+
+def closed_word(pid: int) -> str:
+    """What a model's process leaves when it ends as it should, such as after an unload."""
+    return f"closed.{pid}"
 
 
 class ControlFolder:

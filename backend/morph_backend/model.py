@@ -16,7 +16,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from morph_backend.auto_config import complete
-from morph_backend.control import ControlFolder
+from morph_backend.control import ControlFolder, closed_word
 from morph_backend.decisions import DecisionLog
 from morph_backend.exporter import MetricsExporter
 from morph_backend.housekeeper import Housekeeper
@@ -99,6 +99,7 @@ class TritonPythonModel:
         self._service.close()
         if self._exporter is not None:
             self._exporter.close()
+        self._control.say(closed_word(os.getpid()))
         gc.collect()
 
     def _start(self, args: dict[str, str]) -> None:

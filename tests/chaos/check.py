@@ -14,6 +14,8 @@ from tests.chaos.streams import Seen
 from triton_server import TritonServer
 from wire_client import post, until
 
+LAG_S = 5.0
+"""By which the harness may notice later than the server that an engine has ended."""
 NEAR_TIE = 1e-3
 """Two tokens whose log probabilities are closer than this may change places with the batch's shape (float32)."""
 
@@ -70,7 +72,7 @@ class Verdict:
         name = f"{seen.ask.way}, {PROMPTS[seen.ask.prompt]!r}, {seen.ask.sampling}"
         if seen.hung:
             self.wrong.append(f"hung: {name}, after {seen.text!r}")
-        elif POISON in seen.error and sum(seen.began_s < at_s < seen.ended_s for at_s in own_faults_s) >= 2:
+        elif POISON in seen.error and sum(seen.began_s < at_s < seen.ended_s + LAG_S for at_s in own_faults_s) >= 2:
             self.blamed += 1
         elif seen.error:
             self.wrong.append(f"error: {name}: {seen.error}")

@@ -101,7 +101,7 @@ def storm(weather: Weather, folder: Path) -> Report:
     engine: dict[str, Any] = {"memory": {"kv_tokens": 8192 if weather.levels == "fixed" else 1024}}
     engine["cache"] = {"reuse": "exact"}
     repository = real_repository(
-        folder / "repository", engine, ENGINE_SILENCE_SECONDS=str(weather.silence_s), MAX_REQUEST_SECONDS="120"
+        folder / "repository", engine, ENGINE_SILENCE_SECONDS=str(weather.silence_s), MAX_REQUEST_SECONDS="240"
     )
     environment = {
         "MORPH_MODEL_REPOSITORY": str(repository),
@@ -207,7 +207,7 @@ class Clients:
                     return
             with self._lock:
                 ask = next(self._asks)
-            seen = streams.run(self._server, ask, 60.0)
+            seen = streams.run(self._server, ask, 240.0 if ask.way == "generate" else 60.0)
             with self._lock:
                 self._seen.append(seen)
 

@@ -22,6 +22,7 @@ from wire_client import GrpcStream, generate, until
 
 pytestmark = pytest.mark.triton
 
+KEY = "a-key-of-the-administrator"
 # As in the sample repository of Triton's vLLM backend, but for the backend's name.
 CONFIG = """
 backend: "python"
@@ -77,6 +78,7 @@ def vllms(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
             "MORPH_LOG_LEVEL": "INFO",
             "MORPH_LOG_VERBOSE": "1",
             "FAKE_STEP_MS": "5",
+            "MORPH_ADMIN_KEY": KEY,
         },
     )
     try:
@@ -88,7 +90,7 @@ def vllms(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterato
 def call(server: TritonServer, method: str, path: str, body: Any = None) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=60)
     try:
-        connection.request(method, f"/v2/{path}", None if body is None else json.dumps(body))
+        connection.request(method, f"/v2/{path}", None if body is None else json.dumps(body), {"admin-key": KEY})
         answer = connection.getresponse()
         text = answer.read().decode()
         return answer.status, json.loads(text) if text else None

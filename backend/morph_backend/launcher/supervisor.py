@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from morph_backend.auto_config import names_tensors
-from morph_backend.control import RUN_DIR_VARIABLE, ControlFolder
+from morph_backend.control import RUN_DIR_VARIABLE, ControlFolder, closed_word
 from morph_backend.launcher.launch_settings import LaunchSettings
 from morph_backend.launcher.processes import ProcessWatch, end_processes
 from morph_backend.launcher.run_folder import RunFolder
@@ -53,7 +53,7 @@ class Supervisor:
         self._control = ControlFolder(run.path)
         self._filter = LogFilter(_complain, settings.verbose)
         self._signals = 0
-        self._model: ProcessWatch | None = None
+        self._models: dict[int, ProcessWatch] = {}
         self._gives_up = threading.Event()
 
     def run(self) -> int:
@@ -78,8 +78,8 @@ class Supervisor:
             return self._watch(server)
         finally:
             self._end(server)
-            if self._model is not None:
-                self._model.close()
+            for watch in self._models.values():
+                watch.close()
             end_processes(self._run.path)
             self._printer.join(2.0)
 
@@ -144,9 +144,11 @@ class Supervisor:
     def _model_gone(self) -> bool:
         """Whether the process that runs the model has ended. Triton 2.51 does not tell: it stays healthy, new requests
         are refused, and open streams hang for ever."""
-        if self._model is None and (told := self._control.heard("ready")) is not None:
-            self._model = ProcessWatch(json.loads(told)["pid"])
-        return self._model is not None and self._model.has_ended
+        if (told := self._control.heard("ready")) is not None and (pid := json.loads(told)["pid"]) not in self._models:
+            self._models[pid] = ProcessWatch(pid)
+        return any(
+            watch.has_ended and self._control.heard(closed_word(pid)) is None for pid, watch in self._models.items()
+        )
 
     def _explain_model(self) -> int:
         self._filter.started()
@@ -189,13 +191,17 @@ class Supervisor:
             f"--grpc-port={settings.grpc_port}",
             f"--metrics-address={settings.host}",
             f"--metrics-port={settings.metrics_port}",
-            f"--http-restricted-api={ADMIN_ENDPOINTS}:admin-key={settings.admin_key}",
-            f"--grpc-restricted-protocol={ADMIN_ENDPOINTS}:admin-key={settings.admin_key}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             f"--log-verbose={1 if settings.verbose else 0}",
         ]
         if names_tensors(self._repository / "morph" / "config.pbtxt"):
             command.append("--disable-auto-complete-config")  # nothing to complete: it saves the start of a stub
+        given = " ".join(settings.triton_arguments)
+        command += [
+            f"{option}={ADMIN_ENDPOINTS}:admin-key={settings.admin_key}"
+            for option in ("--http-restricted-api", "--grpc-restricted-protocol")
+            if option not in given
+        ]
         gpu = [] if _has_gpu() else ["--allow-gpu-metrics=false"]
         return [*command, *gpu, *settings.triton_arguments]
 
