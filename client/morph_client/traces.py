@@ -137,6 +137,12 @@ def clip(trace: Trace, max_prompt_tokens: int | None, max_output_tokens: int | N
     return replace(trace, requests=tuple(shortened))
 
 
+def _shown(text: str) -> str:
+    """A cell as part of a sentence: short, on one line."""
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return f"{text[:60]}…" if len(text) > 60 else text
+
+
 def _detect(header: list[str], path: Path) -> _Format:
     for layout in _formats():
         if {layout.time, layout.prompt, layout.output} <= set(header):
@@ -159,7 +165,7 @@ def _requests(
             continue
 
         def refuse(column: str, why: str, line: int = line) -> BadInput:
-            return BadInput(f"{path}, line {line}, column '{column}': {why}")
+            return BadInput(f"{path}, line {line}, column '{_shown(column)}': {why}")
 
         if len(row) <= max(places):
             raise refuse(header[min(len(row), len(header) - 1)], "the value is missing")
@@ -167,19 +173,19 @@ def _requests(
         try:
             arrival = layout.seconds(when)
         except ValueError:
-            raise refuse(layout.time, f"'{when}' is not a time") from None
+            raise refuse(layout.time, f"'{_shown(when)}' is not a time") from None
         if arrival < 0:
-            raise refuse(layout.time, f"the time {when} is negative")
+            raise refuse(layout.time, f"the time {_shown(when)} is negative")
         if arrival < earlier:
-            raise refuse(layout.time, f"the time {when} is earlier than the row before: sort the file by time")
+            raise refuse(layout.time, f"the time {_shown(when)} is earlier than the row before: sort the file by time")
         earlier = arrival
         lengths = []
         for column, text in ((layout.prompt, prompt), (layout.output, output)):
             try:
                 lengths.append(int(text))
             except ValueError:
-                raise refuse(column, f"'{text}' is not a whole number of tokens") from None
+                raise refuse(column, f"'{_shown(text)}' is not a whole number of tokens") from None
             if lengths[-1] < 0 or (lengths[-1] == 0 and not skip_zero_tokens):
-                raise refuse(column, f"{text} tokens cannot be replayed (--skip-empty drops rows of 0 tokens)")
+                raise refuse(column, f"{_shown(text)} tokens cannot be replayed (--skip-empty drops rows of 0 tokens)")
         if all(lengths):
             yield TraceRequest(arrival, *lengths)
