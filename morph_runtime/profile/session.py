@@ -1,9 +1,9 @@
-"""A model opened for measuring, on the device that the settings name."""
+"""A model opened for measuring, on the CPU and by its kernels."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from morph_runtime.config import EngineConfig, resolve_model_folder
-from morph_runtime.engine.build import open_device, open_model
+from morph_runtime.engine.build import open_model
 from morph_runtime.engine.environment import cpu_threads, engine_variables
-from morph_runtime.engine.opening import OpenModel
+from morph_runtime.engine.opening import CPU, OpenModel
 from morph_runtime.errors import ConfigError
 from morph_runtime.profile.forward import CpuForward, LayeredForward
 from morph_runtime.profile.text import Windows, read_windows
@@ -77,17 +77,15 @@ class SessionOptions:
     windows: int
     window_tokens: int
     dtype: str
-    device: str
     threads: int
 
 
-def open_session(options: SessionOptions, say: Say, order: str = "auto") -> Session:
+def open_session(options: SessionOptions, say: Say) -> Session:
     """Read text and model.
 
     Args:
         options: from the command line.
         say: told what is being done.
-        order: `morph.order` as the engine would read it.
 
     Raises:
         ConfigError: something does not fit; one sentence for the user.
@@ -96,9 +94,8 @@ def open_session(options: SessionOptions, say: Say, order: str = "auto") -> Sess
     config = EngineConfig.from_mapping(
         {
             "model": {"path": options.model, "dtype": options.dtype},
-            "morph": {"ladder": ladder, "order": order},
+            "morph": {"ladder": ladder},
             "kernels": {"threads": options.threads},
-            "device": options.device,
         }
     )
     if options.awq and "w4" not in ladder:
@@ -108,8 +105,7 @@ def open_session(options: SessionOptions, say: Say, order: str = "auto") -> Sess
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
     windows = read_windows(Path(options.text), folder, options.window_tokens, options.windows)
-    device = torch.device("cpu") if config.device == "cpu" else open_device(config).torch_device
-    model = open_model(config, device)
+    model = open_model(config, CPU)
     if windows.length > model.spec.max_positions:
         raise ConfigError(
             f"--window-tokens is {windows.length}, but the model's context is {model.spec.max_positions} tokens."
@@ -125,18 +121,6 @@ def open_session(options: SessionOptions, say: Say, order: str = "auto") -> Sess
             model=replace(config.model, awq_path=options.awq),
             morph=replace(config.morph, ladder=("w4",)),
         )
-        models["awq"] = open_model(beside, device)
-    store, forward = _on_device(config, models, windows.length, say)
-    return Session(config, windows, store, forward)
-
-
-def _on_device(
-    config: EngineConfig, models: Mapping[Form, OpenModel], length: int, say: Say
-) -> tuple[LayerStore, LayeredForward]:
-    if config.device == "cpu":
-        store = CpuLayerStore(models, say)
-        return store, CpuForward(store, length)
-    from morph_runtime.profile.cuda import CudaForward, CudaLayerStore
-
-    on_gpu = CudaLayerStore(models, say)
-    return on_gpu, CudaForward(on_gpu, length)
+        models["awq"] = open_model(beside, CPU)
+    store = CpuLayerStore(models, say)
+    return Session(config, windows, store, CpuForward(store, windows.length))

@@ -91,7 +91,6 @@ def test_a_found_order_can_be_measured(tmp_path: Path) -> None:
         (["--window-tokens=1"], "at least 16"),
         (["--windows=0"], "--windows must be at least 1"),
         (["--dtype=int8"], "model.dtype must be one of"),
-        (["--device=tpu"], "device must be one of"),
         (["--text={tmp}/none"], "none cannot be read"),
         (["--awq={tmp}"], "config.json"),
         (["--out={tmp}/no/q.json", "--levels=1"], "cannot be written"),
