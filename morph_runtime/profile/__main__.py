@@ -60,7 +60,13 @@ def _quality(options: argparse.Namespace) -> None:
         raise ConfigError("--every and --levels exclude each other: give one of them.")
     session = _open(options, {rung for ladder in ladders for rung in ladder})
     found = report(session, choose(session, selection), _say)
-    _write(options.out, json.dumps({"product": __version__, "awq": Path(options.awq).name, **found}, indent=1) + "\n")
+    _write(
+        options.out,
+        json.dumps(
+            {"product": __version__, "awq": Path(options.awq).resolve().name if options.awq else "", **found}, indent=1
+        )
+        + "\n",
+    )
 
 
 def _profile(options: argparse.Namespace) -> None:

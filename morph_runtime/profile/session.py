@@ -51,7 +51,7 @@ class Session:
         slots = self.model.slots
         return {
             "torch": str(torch.__version__),
-            "model": Path(self.config.model.path).name,
+            "model": Path(self.config.model.path).resolve().name,
             "layers": self.layers,
             "device": self.config.device,
             "dtype": str(slots.dtype).removeprefix("torch."),

@@ -37,4 +37,6 @@ def profile(
     run_module("morph_runtime.profile", ["profile", *arguments, f"--out={target}", "--", str(model)])
     for name, found in json.loads(target.read_text(encoding="utf-8"))["rungs"].items():
         stdout().print(quality_table.render_order(name, found["scores"]))
-    stdout().print(f"{target}: pack it with 'morph pack --order {target}', or set MORPH_ORDER={target}", soft_wrap=True)
+    stdout().print(
+        f"{target}: pack it with 'morph pack --order {target}', or set MORPH_ORDER={target.absolute()}", soft_wrap=True
+    )

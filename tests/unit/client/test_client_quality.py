@@ -108,6 +108,18 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_runs(
     assert done.exit_code == 2 and "cannot write" in done.stderr and not runtime
 
 
+def test_the_demo_model_is_measured_in_a_process_of_the_server_part(morph: Morph, tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[3]
+    out = tmp_path / "q.json"
+    few = ["--levels=12,24", "--windows=1", "--window-tokens=64", "--threads=1", f"--out={out}"]
+    done = morph("quality", root / "models" / "morph-demo", "--text", root / "LICENSE", "--ladder=w8,w4", *few)
+    assert done.exit_code == 0, done.stderr
+    (one,) = json.loads(out.read_text())["series"]
+    mild, deep = one["rows"]
+    assert 0 < mild["kl"] < deep["kl"]
+    assert f"{deep['perplexity']:.3f}" in done.stdout
+
+
 def test_series_are_told_apart_by_what_differs(tmp_path: Path) -> None:
     one = report()["series"][0]
     awq, back, w8 = {**one, "w4": "awq"}, {**one, "order": "back_to_front"}, {**one, "ladder": ["w8"], "w4": ""}
