@@ -14,7 +14,10 @@ from morph_client.report.quality_table import describe, series_name
 
 _WIDTH_IN, _HEIGHT_IN = 10.0, 8.6
 _COLOURS = (RUNG_STYLE["w4"], RUNG_STYLE["full"], RUNG_STYLE["w8"], ACCENT, "#7a5ea8")
+_LADDER_COLOURS = {"w4": RUNG_STYLE["w4"], "w8": RUNG_STYLE["w8"], "w8,w4": ACCENT}
+_LEGEND_COLUMNS = 4
 _RANDOM = "random:"
+_THIN = 1.2
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ def write_png(report: Mapping[str, Any], path: Path, theme: Theme | None = None)
     theme = theme or light()
     figure = importlib.import_module("matplotlib.figure").Figure((_WIDTH_IN, _HEIGHT_IN), facecolor=theme.background)
     axes = figure.subplots(len(_PANELS), 1, sharex=True)
-    figure.subplots_adjust(left=0.075, right=0.98, top=0.88, bottom=0.075, hspace=0.3)
+    figure.subplots_adjust(left=0.075, right=0.98, top=0.84, bottom=0.075, hspace=0.3)
     for axis, panel in zip(axes, _PANELS, strict=True):
         _style(axis, theme)
         axis.set_title(panel.title, loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold")
@@ -57,15 +60,23 @@ def write_png(report: Mapping[str, Any], path: Path, theme: Theme | None = None)
     axes[-1].set_xlabel("bytes of the layers, % of full precision", fontsize=10, color=theme.muted, labelpad=6)
     figure.text(0.075, 0.965, "Quality by level", fontsize=15, fontweight="bold", color=theme.text, va="center")
     figure.text(0.075, 0.932, describe(report), fontsize=10.5, color=theme.muted, va="center")
-    axes[0].legend(loc="upper left", frameon=False, fontsize=9.5, labelcolor=theme.text)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0.067, 0.922), ncols=_LEGEND_COLUMNS, frameon=False,
+        fontsize=9.5, labelcolor=theme.text, borderpad=0,
+    )  # fmt: skip
     figure.savefig(path, dpi=130, facecolor=figure.get_facecolor())
 
 
 def _styled(series: Sequence[Mapping[str, Any]], theme: Theme) -> list[tuple[Mapping[str, Any], str, float]]:
-    """Random orders are the grey background that others stand out from."""
+    """Each series with colour and width. Of one order, ladders have their colours; of several, orders have, and random
+    ones are the grey background that others stand out from."""
+    if len({one["order"] for one in series}) == 1:
+        return [(one, _LADDER_COLOURS[",".join(one["ladder"])], 2.0) for one in series]
     named = [one for one in series if not one["order"].startswith(_RANDOM)]
-    others = [(one, theme.load, 1.2) for one in series if one["order"].startswith(_RANDOM)]
-    return others + [(one, _COLOURS[i % len(_COLOURS)], 2.0) for i, one in enumerate(named)]
+    others = [(one, theme.load, _THIN) for one in series if one["order"].startswith(_RANDOM)]
+    # Later lines are thinner, so that one which lies under another can still be seen.
+    return others + [(one, _COLOURS[i % len(_COLOURS)], max(1.6, 3.0 - 0.4 * i)) for i, one in enumerate(named)]
 
 
 def _line(
@@ -78,7 +89,7 @@ def _line(
     axis.plot(
         places, values, style, color=colour, linewidth=width, marker="o", markersize=3, label=series_name(report, one)
     )
-    if any(errors) and width > 1.5:
+    if any(errors) and width > _THIN:
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
 
