@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from engine.conftest import engines
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.opening import OpenModel, open_checkpoint, open_pack
 from morph_runtime.errors import ConfigError
@@ -23,6 +24,11 @@ from morph_runtime.profile.order_file import (
     write_order_file,
 )
 from weights.tiny_checkpoint import make_llama
+
+if TYPE_CHECKING:
+    from engine.conftest import EngineFactory
+
+__all__ = ["engines"]
 
 
 def open_with(folder: Path, order: str = "auto", ladder: tuple[str, ...] = ("w8", "w4"), **model: str) -> OpenModel:
@@ -56,6 +62,15 @@ def test_a_model_takes_the_order_of_the_ladders_deepest_rung(source: Path, order
     assert open_with(source, str(order), ("w4",)).plan.order == (2, 0, 1)
     assert open_with(source, str(order), ("w8",)).plan.order == (1, 0, 2)
     assert open_with(source).plan.order == (0, 1, 2)  # the default without a profile
+
+
+def test_the_engine_walks_down_in_that_order(source: Path, order: Path, engines: EngineFactory) -> None:
+    engine = engines(source, memory={"kv_tokens": 256}, morph={"ladder": ["w8", "w4"], "order": str(order)})
+    seen = []
+    for level in (1, 2, 4, 6):
+        engine.set_level(level)
+        seen.append(tuple(engine.parts.swapper.rungs))
+    assert seen == [("full", "full", "w8"), ("w8", "full", "w8"), ("w8", "w8", "w4"), ("w4", "w4", "w4")]
 
 
 def test_a_pack_keeps_the_order_and_takes_another_one(source: Path, order: Path, tmp_path: Path) -> None:
