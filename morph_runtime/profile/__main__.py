@@ -107,6 +107,7 @@ def _open(options: argparse.Namespace, rungs: set[str]) -> Session:
         windows=options.windows,
         window_tokens=options.window_tokens,
         dtype=options.dtype,
+        device=options.device,
         threads=options.threads,
     )
     return open_session(settings, _say)
@@ -158,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--windows", type=int, default=windows, help="pieces of the text")
         command.add_argument("--window-tokens", type=int, default=512, help="tokens of a piece")
         command.add_argument("--dtype", default="auto", help="bfloat16, float32 or auto")
+        command.add_argument("--device", default="cpu", help="cpu or cuda")
         command.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores but one")
     return parser
 

@@ -1,9 +1,9 @@
-"""A model opened for measuring, on the CPU and by its kernels."""
+"""A model opened for measuring, on the device that the settings name."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from morph_runtime.config import EngineConfig, resolve_model_folder
-from morph_runtime.engine.build import open_model
+from morph_runtime.engine.build import open_device, open_model
 from morph_runtime.engine.environment import cpu_threads, engine_variables
 from morph_runtime.engine.opening import CPU, OpenModel
 from morph_runtime.errors import ConfigError
@@ -77,6 +77,7 @@ class SessionOptions:
     windows: int
     window_tokens: int
     dtype: str
+    device: str
     threads: int
 
 
@@ -96,6 +97,7 @@ def open_session(options: SessionOptions, say: Say) -> Session:
             "model": {"path": options.model, "dtype": options.dtype},
             "morph": {"ladder": ladder},
             "kernels": {"threads": options.threads},
+            "device": options.device,
         }
     )
     if options.awq and "w4" not in ladder:
@@ -105,7 +107,8 @@ def open_session(options: SessionOptions, say: Say) -> Session:
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
     windows = read_windows(Path(options.text), folder, options.window_tokens, options.windows)
-    model = open_model(config, CPU)
+    device = CPU if config.device == "cpu" else open_device(config).torch_device
+    model = open_model(config, device)
     if windows.length > model.spec.max_positions:
         raise ConfigError(
             f"--window-tokens is {windows.length}, but the model's context is {model.spec.max_positions} tokens."
@@ -121,6 +124,18 @@ def open_session(options: SessionOptions, say: Say) -> Session:
             model=replace(config.model, awq_path=options.awq),
             morph=replace(config.morph, ladder=("w4",)),
         )
-        models["awq"] = open_model(beside, CPU)
-    store = CpuLayerStore(models, say)
-    return Session(config, windows, store, CpuForward(store, windows.length))
+        models["awq"] = open_model(beside, device)
+    store, forward = _on_device(device, models, windows.length, say)
+    return Session(config, windows, store, forward)
+
+
+def _on_device(
+    device: torch.device, models: Mapping[Form, OpenModel], length: int, say: Say
+) -> tuple[LayerStore, LayeredForward]:
+    if device.type == "cpu":
+        store: LayerStore = CpuLayerStore(models, say)
+        return store, CpuForward(store, length)
+    from morph_runtime.profile.cuda import CudaForward, CudaLayerStore
+
+    store = CudaLayerStore(models, device, say)
+    return store, CudaForward(store, length)

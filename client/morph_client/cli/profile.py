@@ -25,12 +25,13 @@ def profile(
     windows: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 8,
     window_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a piece.")] = 512,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores but one.")] = 0,
 ) -> None:
     """Find the order in which layers should be quantized, by their importance (LIS), for each rung."""
     target = out if out.suffix == ".json" else out / FILE
     files.make_folder(target.parent)
-    given = {"--awq": awq, "--weights": weights, "--dtype": dtype}
+    given = {"--awq": awq, "--weights": weights, "--dtype": dtype, "--device": device}
     arguments = [f"{name}={value}" for name, value in given.items() if value is not None]
     arguments += [f"--rung={value}" for value in rung or ()]
     arguments += [f"--windows={windows}", f"--window-tokens={window_tokens}", f"--threads={threads}", f"--text={text}"]

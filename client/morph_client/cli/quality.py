@@ -32,11 +32,12 @@ def quality(
     windows: Annotated[int, typer.Option(min=1, help="Pieces of the text.")] = 32,
     window_tokens: Annotated[int, typer.Option(min=16, help="Tokens of a piece.")] = 512,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16 or float32.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.")] = None,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: all cores but one.")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file; the picture is written beside it as .png.")] = None,
 ) -> None:
     """Perplexity, KL divergence from full precision and top-1 agreement, by level and rung."""
-    given = {"--awq": awq, "--levels": levels, "--every": every, "--dtype": dtype}
+    given = {"--awq": awq, "--levels": levels, "--every": every, "--dtype": dtype, "--device": device}
     arguments = [f"{name}={value}" for name, value in given.items() if value is not None]
     arguments += [f"--ladder={value}" for value in ladder or ()] + [f"--order={value}" for value in order or ()]
     arguments += [f"--windows={windows}", f"--window-tokens={window_tokens}", f"--threads={threads}", f"--text={text}"]
