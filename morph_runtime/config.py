@@ -104,8 +104,8 @@ class MorphSettings:
     ladder: tuple[str, ...] = ("w4",)
     """Rungs below full precision, from mild to deep; level k walks all layers down the first, then the next."""
     order: str = "auto"
-    """Layer order: `auto` (the pack's, else `front_to_back`), `front_to_back`, `back_to_front`, or comma-separated
-    layer numbers (a permutation)."""
+    """Layer order: `auto` (the pack's, else `front_to_back`), `front_to_back`, `back_to_front`, comma-separated layer
+    numbers (a permutation), or an order file of `morph profile` (its order for the ladder's deepest rung)."""
     ttft_slo_s: float = 2.0
     """Seconds from arrival to first token that the controller tries to hold."""
     interval_s: float = 0.05

@@ -11,8 +11,9 @@ import torch
 from morph_runtime.config import EngineConfig
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.rung import Rung
-from morph_runtime.morph.levels import LevelPlan, parse_order
+from morph_runtime.morph.levels import LevelPlan
 from morph_runtime.pack.reader import PackReader
+from morph_runtime.profile.order_file import resolve_order
 from morph_runtime.weights.awq import AwqCheckpoint
 from morph_runtime.weights.packed import PackedBytes
 from morph_runtime.weights.reader import CheckpointReader
@@ -36,7 +37,12 @@ class OpenModel:
 
     def host_slots(self) -> LayerSlots:
         """Full precision as it lies in host memory before it goes to a GPU."""
-        return LayerSlots(self.spec, self.reader, self.slots.dtype, ("full",))
+        return _host_slots(self.spec, self.reader, self.slots.dtype)
+
+    @property
+    def packed_awq(self) -> bool:
+        """Whether it is a pack whose W4 comes from an AWQ checkpoint."""
+        return isinstance(self.reader, PackedBytes) and self.reader.from_awq
 
 
 def open_checkpoint(config: EngineConfig, folder: Path, device: torch.device = CPU) -> OpenModel:
@@ -51,8 +57,10 @@ def open_checkpoint(config: EngineConfig, folder: Path, device: torch.device = C
     awq = AwqCheckpoint(config.model.awq_path, spec, reader) if config.model.awq_path else None
     slots = LayerSlots(spec, reader, dtype_of(config), _rungs(config), device, forced_kernels(config), awq)
     static = StaticWeights(spec, reader, slots.dtype)
-    plan = LevelPlan(parse_order(config.morph.order, spec.layers), slots.rungs[1:])
-    return OpenModel(spec, slots, static, plan, reader)
+    order = resolve_order(
+        config.morph.order, lambda: _host_slots(spec, reader, slots.dtype), spec.layers, slots.rungs[-1]
+    )
+    return OpenModel(spec, slots, static, LevelPlan(order, slots.rungs[1:]), reader)
 
 
 def open_pack(config: EngineConfig, folder: Path, device: torch.device = CPU) -> OpenModel:
@@ -84,8 +92,10 @@ def open_pack(config: EngineConfig, folder: Path, device: torch.device = CPU) ->
             pack.check_source(Path(config.model.pack_source))
         if config.model.verify_pack:
             pack.verify()
-        auto = config.morph.order == "auto"
-        order = tuple(pack.manifest.order) if auto else parse_order(config.morph.order, spec.layers)
+        if config.morph.order == "auto":
+            order = tuple(pack.manifest.order)
+        else:
+            order = resolve_order(config.morph.order, lambda: _host_slots(spec, pack, dtype), spec.layers, rungs[-1])
     except BaseException:
         pack.close()
         raise
@@ -100,6 +110,10 @@ def dtype_of(config: EngineConfig) -> torch.dtype:
 def forced_kernels(config: EngineConfig) -> dict[Rung, str]:
     """Kernels that the settings name, by rung; empty text is free choice."""
     return {"full": config.kernels.full, "w8": config.kernels.w8, "w4": config.kernels.w4}
+
+
+def _host_slots(spec: ModelSpec, reader: CheckpointReader | PackedBytes, dtype: torch.dtype) -> LayerSlots:
+    return LayerSlots(spec, reader, dtype, ("full",))
 
 
 def _rungs(config: EngineConfig) -> tuple[Rung, ...]:

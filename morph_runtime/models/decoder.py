@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape, PagedKV
-from morph_runtime.kernels.attention_cpu import CpuPagedAttention
+from morph_runtime.kernels.attention_cpu import CpuPagedAttention, CpuPlan
 from morph_runtime.kernels.kv_format import KVFormat, PlainKV
 from morph_runtime.kernels.pointwise import head_norm, rms_norm, swiglu
 from morph_runtime.kernels.rope import RopeTable
@@ -18,6 +19,19 @@ from morph_runtime.models.batch import StepBatch
 from morph_runtime.weights.bound import LayerWeights
 from morph_runtime.weights.spec import ModelSpec
 from morph_runtime.weights.static import StaticTensors
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What all layers of a step share."""
+
+    slots: Tensor
+    """int64 [T]: where each token's K and V are written"""
+    cos: Tensor
+    sin: Tensor
+    """As `RopeTable.lookup` gives them."""
+    plans: Mapping[int, CpuPlan]
+    """Attention's, by window."""
 
 
 class Decoder:
@@ -88,38 +102,55 @@ class Decoder:
         """
         logits = torch.empty(batch.logits_at.shape[0], self._spec.vocab, dtype=torch.float32)
         with torch.inference_mode():
-            hidden = self._layers(batch, layers)
-            if hidden is not None:
-                hidden = rms_norm(hidden, self._static.final_norm, self._spec.norm_eps)
-                logits.copy_(F.linear(hidden, self._static.lm_head))
+            hidden, step = self.begin(batch)
+            for layer in layers[:-1]:
+                hidden = self.layer(layer, step, hidden)
+            # Behind the last attention only the tokens in logits_at matter.
+            hidden = self.layer(layers[-1], step, hidden, batch.logits_at)
+            if hidden.shape[0]:
+                logits.copy_(self.head(hidden))
         return logits
 
-    def _layers(self, batch: StepBatch, layers: Sequence[LayerWeights]) -> Tensor | None:
-        """Hidden states [S, hidden] after the last layer of the tokens in logits_at; None if there are none."""
-        spec, scratch, eps = self._spec, self._scratch, self._spec.norm_eps
-        queries, head_dim = spec.heads, spec.head_dim
-        rotated_heads = queries + spec.kv_heads
-        rotated = rotated_heads * head_dim
-        tokens, wanted = batch.token_ids.shape[0], batch.logits_at.shape[0]
-        hidden = self._static.embedding.index_select(0, batch.token_ids)
+    def begin(self, batch: StepBatch) -> tuple[Tensor, StepPlan]:
+        """The hidden states [T, hidden] before the first layer, and what all layers of the step share."""
         cos, sin = self._rope.lookup(batch.positions)
         plans = {w: self._attention.plan(batch.sequences, batch.block_tables, w) for w in self._windows}
-        last = len(layers) - 1
-        for i, layer in enumerate(layers):
-            qkv = layer.qkv.run(rms_norm(hidden, layer.input_norm, eps), scratch)
-            plan = plans[spec.windows[i]]
-            qk = qkv[:, :rotated].view(tokens, rotated_heads, head_dim)
-            if layer.qk_norm is not None:
-                qk = head_norm(qk, layer.qk_norm, eps)
-            qk = self._rope.rotate(qk, cos, sin)
-            values = qkv[:, rotated:].view(tokens, spec.kv_heads, head_dim)
-            self._attention.store(qk[:, queries:], values, batch.slots, i, plan)
-            if i == last and wanted == 0:
-                return None
-            mixed = self._attention.run(qk[:, :queries], i, plan)
-            if i == last:  # nothing after this needs the other tokens
-                mixed, hidden = mixed.index_select(0, batch.logits_at), hidden.index_select(0, batch.logits_at)
-            hidden = layer.o.run(mixed, scratch).add_(hidden)
-            gate_up = layer.gate_up.run(rms_norm(hidden, layer.post_norm, eps), scratch)
-            hidden = layer.down.run(swiglu(gate_up), scratch).add_(hidden)
-        return hidden
+        hidden = self._static.embedding.index_select(0, batch.token_ids)
+        return hidden, StepPlan(batch.slots, cos, sin, plans)
+
+    def layer(self, layer: LayerWeights, step: StepPlan, hidden: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Run one layer: writes the K and V of its tokens.
+
+        Args:
+            layer: its weights, at any rung.
+            step: of `begin`.
+            hidden: [T, hidden], what the layer before returned; not changed.
+            wanted: int64 [S]: the tokens that matter behind the attention; None: all.
+
+        Returns:
+            [S or T, hidden], a new tensor.
+        """
+        spec, scratch, eps = self._spec, self._scratch, self._spec.norm_eps
+        tokens, queries, head_dim = hidden.shape[0], spec.heads, spec.head_dim
+        rotated_heads = queries + spec.kv_heads
+        rotated = rotated_heads * head_dim
+        qkv = layer.qkv.run(rms_norm(hidden, layer.input_norm, eps), scratch)
+        plan = step.plans[spec.windows[layer.layer]]
+        qk = qkv[:, :rotated].view(tokens, rotated_heads, head_dim)
+        if layer.qk_norm is not None:
+            qk = head_norm(qk, layer.qk_norm, eps)
+        qk = self._rope.rotate(qk, step.cos, step.sin)
+        values = qkv[:, rotated:].view(tokens, spec.kv_heads, head_dim)
+        self._attention.store(qk[:, queries:], values, step.slots, layer.layer, plan)
+        if wanted is not None and wanted.shape[0] == 0:
+            return hidden[:0]
+        mixed = self._attention.run(qk[:, :queries], layer.layer, plan)
+        if wanted is not None:
+            mixed, hidden = mixed.index_select(0, wanted), hidden.index_select(0, wanted)
+        hidden = layer.o.run(mixed, scratch).add_(hidden)
+        gate_up = layer.gate_up.run(rms_norm(hidden, layer.post_norm, eps), scratch)
+        return layer.down.run(swiglu(gate_up), scratch).add_(hidden)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The logits of hidden states [S, hidden] behind the last layer: [S, vocab] of the activations' type."""
+        return F.linear(rms_norm(hidden, self._static.final_norm, self._spec.norm_eps), self._static.lm_head)

@@ -80,7 +80,7 @@ def parse_order(text: str, num_layers: int) -> tuple[int, ...]:
         order = ()
     if sorted(order) != list(range(num_layers)):
         raise ConfigError(
-            f"morph.order must be auto, front_to_back, back_to_front, or each of the layers 0 to {num_layers - 1} "
-            f"once, separated by commas, but is '{text}'."
+            f"morph.order must be auto, front_to_back, back_to_front, an order file (.json), or each of the layers "
+            f"0 to {num_layers - 1} once, separated by commas, but is '{text}'."
         )
     return order

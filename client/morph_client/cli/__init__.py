@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, openai, pack, quantize, replay, serve, top
+from morph_client.cli import chat, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -30,6 +30,8 @@ def build_app() -> typer.Typer:
     app.command("demo")(demo.demo)
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)
+    app.command("quality")(quality.quality)
+    app.command("profile")(profile.profile)
     return app
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from morph_client.errors import MissingDependency
+from morph_client.cli.server_part import require_server_part
 
 PACKER = "morph_runtime.pack"
 
@@ -27,7 +26,7 @@ def pack(
     source: Annotated[Path | None, typer.Option(help="With --verify: the checkpoint that it was made from.")] = None,
 ) -> None:
     """Prepare a model once, so that servers start fast; or verify what was prepared."""
-    require_packer()
+    require_server_part()
     given = {"--out": out, "--awq": awq, "--dtype": dtype, "--ladder": ladder, "--order": order, "--source": source}
     arguments = [f"{name}={value}" for name, value in given.items() if value is not None]
     arguments += [f"--kernel={text}" for text in kernel or ()]
@@ -35,10 +34,3 @@ def pack(
     sys.stdout.flush()
     # Takes this process's place: its exit status and its answer to Ctrl-C are the command's.
     os.execv(sys.executable, [sys.executable, "-m", PACKER, *arguments, "--", str(model)])
-
-
-def require_packer() -> None:
-    """Raises :class:`MissingDependency` unless the server part is installed, with what it needs."""
-    # Found without importing: neither may be loaded into the client.
-    if any(importlib.util.find_spec(name) is None for name in (PACKER.partition(".")[0], "torch", "msgspec")):
-        raise MissingDependency("the server part is not installed: pip install 'morphserve[server]'")

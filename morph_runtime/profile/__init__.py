@@ -1,0 +1,1 @@
+"""What quantizing layers costs: quality by level, and the order in which layers should go."""
