@@ -9,6 +9,7 @@ from morph_client.openai.problems import ApiError
 from morph_client.openai.shapes import ChatRequest, GenerationRequest, ResponseFormat, TextRequest
 from morph_client.types import SamplingParams
 
+SEEDS = 2**63
 TO_THE_END = -1
 """``max_tokens`` for "until the context is full": OpenAI's default in a chat."""
 
@@ -32,7 +33,7 @@ def sampling_of(request: ChatRequest | TextRequest, choice: int) -> SamplingPara
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
-        seed=None if request.seed is None else request.seed + choice,
+        seed=_seed_of(request.seed, choice),
         stop=request.stop if request.stop else None,
         ignore_eos=request.ignore_eos,
         include_stop_str_in_output=request.include_stop_str_in_output,
@@ -47,6 +48,13 @@ def sampling_of(request: ChatRequest | TextRequest, choice: int) -> SamplingPara
         structured_outputs=_structured(request),
         extra={} if request.logit_bias is None else {"logit_bias": request.logit_bias},
     )
+
+
+def _seed_of(seed: int | None, choice: int) -> int | None:
+    """The seed of an answer; the first has the one that was given, -1 means none, and beyond the largest comes 0."""
+    if seed is None or seed == -1 or choice == 0:
+        return seed
+    return (seed + choice) % SEEDS
 
 
 def _positive(name: str, value: int) -> int:

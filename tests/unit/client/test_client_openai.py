@@ -16,7 +16,9 @@ from morph_client.errors import BadInput, DeadlineExceeded, InvalidRequest, Morp
 from morph_client.openai.answers import Choice, likely, usage
 from morph_client.openai.app import Served, build_app
 from morph_client.openai.problems import from_server
+from morph_client.openai.sampling import sampling_of
 from morph_client.openai.server import listen
+from morph_client.openai.shapes import TextRequest
 from morph_client.types import TokenLogprob
 
 
@@ -96,3 +98,11 @@ def test_wrong_options_are_one_sentence(morph: Callable[..., Any], tmp_path: Any
     (tmp_path / "tokenizer.json").write_text("{}")
     result = morph("openai", "--model", tmp_path, "--chat-template", tmp_path / "none.jinja")
     assert result.exit_code == 2 and "cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "seed, seeds", [(None, [None, None]), (-1, [-1, -1]), (7, [7, 8]), (2**63 - 1, [2**63 - 1, 0])]
+)
+def test_each_answer_has_a_seed_of_its_own_within_the_servers_range(seed: int | None, seeds: list[int | None]) -> None:
+    request = TextRequest(model="morph", prompt="a", seed=seed, n=2)
+    assert [sampling_of(request, choice).seed for choice in range(2)] == seeds
