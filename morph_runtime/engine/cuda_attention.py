@@ -43,11 +43,6 @@ class StepAttention:
         self._workspace = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
         self._num_decodes = self._num_tiles = self._num_sequences = 0
 
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory that it holds for life."""
-        return self._workspace.nbytes
-
     def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]]) -> None:
         """Write what a mixed step needs besides the tables: starts, picks of the decodes, tiles of the chunks."""
         lengths = batch.lengths

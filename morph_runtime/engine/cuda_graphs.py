@@ -40,10 +40,6 @@ class GraphSet:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
 
-    def __len__(self) -> int:
-        """Graphs that have been captured."""
-        return len(self._graphs)
-
     @property
     def coarse(self) -> tuple[int, ...]:
         """The powers of two among the sizes, and the largest: quantized layers have graphs of these alone.

@@ -80,11 +80,6 @@ class StepInputs:
         """Static device tensors by name; valid for life."""
         self._turn = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes on the device."""
-        return self._device.nbytes
-
     def host(self) -> dict[str, NDArray[Any]]:
         """The arrays to fill for the next step. Waits until the step before the last has read them: it long has."""
         self._turn = (self._turn + 1) % BUFFERS

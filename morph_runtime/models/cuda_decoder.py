@@ -73,11 +73,6 @@ class CudaDecoder:
         """Tokens that each layer's queries see; 0: all before them."""
         return self._spec.windows
 
-    @property
-    def workspace_bytes(self) -> int:
-        """Memory that it holds for life, `scratch` apart: the rotary table."""
-        return self._table.nbytes
-
     def embed(self, step: StepTensors, sampled: Tensor, hidden: Tensor) -> None:
         """Write the embeddings of the step's tokens.
 
