@@ -11,7 +11,7 @@ from torch import Tensor
 
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.kernels.attention import PagedKV
-from morph_runtime.kernels.cuda.attention_decode import decode, decode_splits
+from morph_runtime.kernels.cuda.attention_decode import decode, decode_splits, decode_workspace_floats
 from morph_runtime.kernels.cuda.attention_prefill import prefill, prefill_tiles, tile_tokens
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.models.cuda_decoder import Attend
@@ -39,7 +39,10 @@ class StepAttention:
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._tile_tokens = tile_tokens(spec.heads, spec.kv_heads, spec.head_dim, dtype.itemsize)
         sequences = inputs.tensors["contexts"].shape[0]
-        floats = max(self._workspace_floats(rows) for rows in range(1, sequences + 1))
+        floats = max(
+            decode_workspace_floats(rows, spec.heads, spec.head_dim, self._splits(rows))
+            for rows in range(1, sequences + 1)
+        )
         self._workspace = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
         self._num_decodes = self._num_tiles = self._num_sequences = 0
 
@@ -95,7 +98,3 @@ class StepAttention:
 
     def _splits(self, rows: int) -> int:
         return decode_splits(rows, self._spec.kv_heads, self.max_context, self._processors)
-
-    def _workspace_floats(self, rows: int) -> int:
-        splits = self._splits(rows)
-        return 0 if splits == 1 else rows * self._spec.heads * splits * (self._spec.head_dim + 1)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from morph_runtime.errors import ConfigError
-from morph_runtime.memory.arena import PageArena, VirtualRange
+from morph_runtime.memory.arena import UNMAPPED, PageArena, VirtualRange, runs
 
 
 class CudaPageArena(PageArena):
@@ -124,7 +124,7 @@ class CudaPageArena(PageArena):
         for span in self._ranges.values():
             for first, count in _runs(span, mapped=True):
                 self._unmap(span.address + first * self.extent_bytes, count * self.extent_bytes)
-            span.physical = [-1] * span.extents
+            span.physical = [UNMAPPED] * span.extents
         for address, nbytes in self._spans:
             self._call(self._driver.cuMemAddressFree(address, nbytes))
         self._spans.clear()
@@ -174,12 +174,4 @@ class _Bytes:
 
 def _runs(span: VirtualRange, mapped: bool) -> list[tuple[int, int]]:
     """Consecutive pieces with memory, or without, as (first, count)."""
-    result: list[tuple[int, int]] = []
-    for piece, extent in enumerate(span.physical):
-        if (extent >= 0) != mapped:
-            continue
-        if result and sum(result[-1]) == piece:
-            result[-1] = (result[-1][0], result[-1][1] + 1)
-        else:
-            result.append((piece, 1))
-    return result
+    return runs([piece for piece, extent in enumerate(span.physical) if (extent != UNMAPPED) == mapped])

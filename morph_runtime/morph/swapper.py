@@ -118,9 +118,7 @@ class LayerSwapper:
         """Map and fill every layer at full precision (at start)."""
         for layer in range(len(self._rungs)):
             slot = self._map(layer, "full")
-            filling = self._filler.start(layer, "full", slot, None, lambda: None)
-            filling.wait()
-            filling.finish()
+            self._fill_now(layer, "full", slot, None)
             self._layers.append(self._slots.bind(layer, "full", slot))
 
     def bind(self, layer: int, rung: Rung) -> LayerWeights:
@@ -135,9 +133,7 @@ class LayerSwapper:
             return
         slot = self._map(layer, rung)
         try:
-            filling = self._filler.start(layer, rung, slot, self._layers[layer], lambda: None)
-            filling.wait()
-            filling.finish()
+            self._fill_now(layer, rung, slot, self._layers[layer])
             yield self._slots.bind(layer, rung, slot)
         finally:
             self._ranges[rung].unmap(self._place[layer])
@@ -230,6 +226,12 @@ class LayerSwapper:
             change.filling.wait()
             self._ranges[change.transition.target].unmap(self._place[change.transition.layer])
         self._pending.clear()
+
+    def _fill_now(self, layer: int, rung: Rung, slot: torch.Tensor, source: LayerWeights | None) -> None:
+        """Fill a slot and wait for it (at start)."""
+        filling = self._filler.start(layer, rung, slot, source, lambda: None)
+        filling.wait()
+        filling.finish()
 
     def _slot(self, layer: int, rung: Rung) -> torch.Tensor:
         return self._ranges[rung].slot(self._place[layer])

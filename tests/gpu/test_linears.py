@@ -6,9 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
-
 from morph_runtime.kernels.activation import Fp8Rows
 from morph_runtime.kernels.linear import GroupedInt4Kernel, LinearKernel, LinearShape
 from morph_runtime.kernels.quantize import (
@@ -19,7 +16,6 @@ from morph_runtime.kernels.quantize import (
 from morph_runtime.kernels.registry import select
 from morph_runtime.kernels.rung import Rung
 
-pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 BF16 = torch.bfloat16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
