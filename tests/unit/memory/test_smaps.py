@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from morph_runtime.memory.cpu import CpuPageArena
-from morph_runtime.memory.smaps import available_bytes, process_memory, process_rss_bytes, rss_by_range
+from memory.alone import run_alone
+from morph_runtime.memory.smaps import available_bytes
 
 EXTENT = 16 * 1024
 MIB = 2**20
@@ -57,19 +57,32 @@ def test_available_memory_is_the_least_that_machine_and_cgroups_leave(
     assert available_bytes(machine(tmp_path, 800 * MIB, cgroup, groups)) == expected
 
 
+KINDS = """
+import torch
+from morph_runtime.memory.cpu import CpuPageArena
+from morph_runtime.memory.smaps import process_memory, process_rss_bytes, rss_by_range
+mib, extent = 1 << 20, 16 << 10
+before = process_memory()
+arena = CpuPageArena(64 * mib // extent, extent)
+spans = {name: arena.reserve(name, size * mib) for name, size in {"weights": 40, "kv": 24, "idle": 8}.items()}
+arena.map(spans["weights"], 0, 40 * mib // extent)
+arena.map(spans["kv"], 16, 3)
+by_range = rss_by_range({name: (span.address, span.extents * extent) for name, span in spans.items()})
+after = process_memory()
+whole, in_all = process_rss_bytes(), after.total
+said = arena.resident_bytes()
+arena.close()
+own = after.anonymous + after.file - before.anonymous - before.file
+left = process_memory().shared - before.shared
+print(json.dumps([by_range, said, after.shared - before.shared, own, whole - in_all, left]))
+"""
+
+
 def test_resident_memory_is_told_apart_by_range_and_by_kind() -> None:
-    before = process_memory()
-    arena = CpuPageArena(64 * MIB // EXTENT, EXTENT)
-    names = {"weights": 40, "kv": 24, "idle": 8}
-    spans = {name: arena.reserve(name, size * MIB) for name, size in names.items()}
-    arena.map(spans["weights"], 0, 40 * MIB // EXTENT)
-    arena.map(spans["kv"], 16, 3)
-    ranges = {name: (span.address, span.extents * EXTENT) for name, span in spans.items()}
-    assert rss_by_range(ranges) == arena.resident_bytes() == {"weights": 40 * MIB, "kv": 3 * EXTENT, "idle": 0}
-    after = process_memory()
-    assert after.shared - before.shared == 40 * MIB + 3 * EXTENT
+    by_range, said, shared, own, difference, left = run_alone(KINDS)
+    assert by_range == said == {"weights": 40 * MIB, "kv": 3 * EXTENT, "idle": 0}
+    assert shared == 40 * MIB + 3 * EXTENT
     tolerance = 4 * MIB  # the interpreter's own memory, and statm is counted per core
-    assert abs(after.anonymous + after.file - before.anonymous - before.file) < tolerance
-    assert abs(process_rss_bytes() - after.total) < tolerance
-    arena.close()
-    assert process_memory().shared == before.shared
+    assert abs(own) < tolerance
+    assert abs(difference) < tolerance
+    assert left == 0
