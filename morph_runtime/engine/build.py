@@ -106,7 +106,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
-    return Engine(
+    engine = Engine(
         EngineParts(
             config=config,
             spec=spec,
@@ -128,6 +128,9 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
             order=device.order,
         )
     )
+    if config.morph.pin:
+        engine.set_level(plan.level_of(config.morph.pin))
+    return engine
 
 
 def open_device(config: EngineConfig) -> EngineDevice:
