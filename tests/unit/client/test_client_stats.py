@@ -56,7 +56,7 @@ def test_a_summary_counts_tokens_errors_and_precision() -> None:
     morphed = record(
         index=2, last_s=6.0, output_tokens=15, level0_tokens=0, max_level=3, rung_share=RungShare(0.5, 0, 0.5)
     )
-    summary = summarise([record(), failed, morphed], ttft_slo_s=0.4)
+    summary = summarise([record(), failed, morphed], Targets(ttft_s=0.4))
     assert summary.requests == 3 and summary.errors == 1 and summary.error_kinds == {"no room": 1}
     assert summary.output_tokens == 20 and summary.span_s == pytest.approx(5.0)
     assert summary.output_tokens_per_s == pytest.approx(4.0)

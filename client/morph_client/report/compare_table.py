@@ -1,0 +1,145 @@
+"""The table of a comparison, and the sentence above it. Values are medians over the repeats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from morph_client.report.table import NOTHING, Row, percent, seconds
+
+_Shown = Callable[[float], str]
+
+
+def _whole(value: float) -> str:
+    return f"{value:.0f}"
+
+
+def _times(value: float) -> str:
+    return f"{value:.2f} ×"
+
+
+def _signed(value: float) -> str:
+    return f"{value * 100:+.1f} %"
+
+
+def _fixed(digits: int) -> _Shown:
+    return lambda value: f"{value:.{digits}f}"
+
+
+_PERCENT: _Shown = lambda value: f"{value * 100:.1f} %"  # noqa: E731
+_LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
+    # name, figure, how it is shown, whether a group begins, whether least and most of the repeats follow
+    ("requests", "requests", _whole, False, False),
+    ("errors", "errors", _whole, False, False),
+    ("TTFT p50", "ttft_p50_s", seconds, True, False),
+    ("TTFT p95", "ttft_p95_s", seconds, False, True),
+    ("TTFT p99", "ttft_p99_s", seconds, False, False),
+    ("  p95, full / this", "ttft_p95_ratio", _times, False, True),
+    ("targets missed", "slo_violations", _whole, False, True),
+    ("  against full", "slo_violations_change", _signed, False, False),
+    ("goodput, requests per second", "goodput_per_s", _fixed(2), False, False),
+    ("TPOT p50", "tpot_p50_s", seconds, True, False),
+    ("TPOT p95", "tpot_p95_s", seconds, False, False),
+    ("ITL p99", "itl_p99_s", seconds, False, False),
+    ("end to end p95", "e2e_p95_s", seconds, False, False),
+    ("output tokens per second", "output_tokens_per_s", _fixed(1), False, False),
+    ("tokens with every layer at full precision", "level0_share", percent, True, False),
+    ("  layer-weighted share at full", "full_share", percent, False, False),
+    ("  the same outside the burst", "full_share_outside_burst", percent, False, False),
+    ("perplexity of what was generated", "perplexity", _fixed(3), True, True),
+    ("outputs equal to full's", "equal_to_full", percent, False, False),
+    ("  common beginning, of characters", "common_prefix", percent, False, False),
+    ("highest level", "max_level", _whole, True, False),
+    ("most KV blocks", "max_kv_blocks", _whole, False, False),
+    ("most live KV, of base capacity", "peak_kv_share", _PERCENT, False, False),
+    ("preemptions", "preemptions", _whole, False, False),
+    ("back at level 0 after", "return_s", seconds, False, False),
+)
+
+
+def rows(result: Mapping[str, Any], spread: bool = True) -> list[Row]:
+    """The lines; ``spread`` adds the least and the most of the repeats to the most important ones."""
+    columns = result["configurations"]
+    repeats = len(columns[0]["runs"])
+    paper = {
+        "ttft_p95_ratio": " (paper: {:g}–{:g} ×)".format(*result["paper"]["ttft_p95_ratio"]),
+        "slo_violations_change": f" (paper: {_signed(result['paper']['slo_violations_change'])})",
+    }
+    told: list[Row] = []
+    for name, figure, shown, heads_group, with_spread in _LINES:
+        found = [column["figures"].get(figure) for column in columns]
+        if not any(found):
+            continue
+        values = tuple(NOTHING if f is None else shown(f["median"]) for f in found)
+        told.append(Row(name + paper.get(figure, ""), values, heads_group))
+        if spread and with_spread and repeats > 1:
+            told.append(Row("  least to most of the repeats", tuple(_range(f, shown) for f in found)))
+        if figure == "perplexity":
+            changes = tuple(_change(column) for column in columns)
+            told.append(Row("  change against full, ± standard error", changes))
+    return told
+
+
+def _range(figure: Mapping[str, float] | None, shown: _Shown) -> str:
+    if figure is None:
+        return NOTHING
+    low, high = shown(figure["min"]), shown(figure["max"])
+    if low == high:
+        return low
+    unit = low.rpartition(" ")[2]
+    return f"{low.removesuffix(' ' + unit)}–{high}" if " " in low and high.endswith(" " + unit) else f"{low}–{high}"
+
+
+def _change(column: Mapping[str, Any]) -> str:
+    found = column["perplexity_change"]
+    if found is None or column["name"] == "full":
+        return NOTHING
+    return f"{found['mean'] * 100:+.1f} ± {found['standard_error'] * 100:.1f} %"
+
+
+def render(result: Mapping[str, Any]) -> Table:
+    """For the terminal."""
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    lines = rows(result)
+    table.add_column("", no_wrap=True)
+    for column in result["configurations"]:
+        table.add_column(column["label"], justify="right", min_width=9)
+    for i, row in enumerate(lines):
+        table.add_row(row.name, *row.values, end_section=i + 1 < len(lines) and lines[i + 1].heads_group)
+    return table
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """What the comparison says of the best morphing configuration, gains and losses alike."""
+    columns: Sequence[Mapping[str, Any]] = result["configurations"]
+    by_name = {column["name"]: column for column in columns}
+    morphing = [c for c in columns if c["morphs"] and c["figures"]["ttft_p95_s"]]
+    full = by_name["full"]["figures"]["ttft_p95_s"]
+    if not morphing or not full:
+        return "No morphing configuration has complete answers to compare."
+    best = min(morphing, key=lambda c: float(c["figures"]["ttft_p95_s"]["median"]))
+    figures = best["figures"]
+    own, ratio = figures["ttft_p95_s"]["median"], figures["ttft_p95_ratio"]["median"]
+    told = [
+        f"{best['label'].capitalize()}: p95 time to first token {seconds(own)}",
+        f"full precision {seconds(full['median'])}",
+    ]
+    if figures["max_level"] and not figures["max_level"]["median"]:
+        told.append("the load never needed it, so nothing morphed")
+    elif ratio >= 1.05:
+        told.append(f"{ratio:.1f} times better")
+    else:
+        told.append("no gain" if ratio > 0.95 else f"{1 / ratio:.2f} times worse")
+    statics = [by_name[name] for name in ("w8", "w4") if name in by_name]
+    known = [(static["label"], static["figures"]["ttft_p95_s"]) for static in statics]
+    told += [f"{label} {seconds(ttft['median'])}" for label, ttft in known if ttft]
+    said = ", ".join(told) + "."
+    if figures["level0_share"]:
+        said += f" {percent(figures['level0_share']['median'])} of its tokens had every layer at full precision."
+    changed = [f"{c['label']} {_change(c)}" for c in (best, *statics) if _change(c) != NOTHING]
+    if changed:
+        said += f" Perplexity of what was generated, against full precision: {', '.join(changed)}."
+    return said
