@@ -104,6 +104,7 @@ async def measure(
         summary=summarise(records),
         states=watch.samples.states,
         precision=watch.counts.precision.bins(),
+        by_level=watch.counts.precision.by_level,
         changes=read_log(server.log_path, watch.started_unix_s),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from morph_client.types import Chunk, RungShare
@@ -28,12 +29,15 @@ class PrecisionClock:
 
     def __init__(self) -> None:
         self._bins: dict[int, TokenBin] = {}
+        self.by_level: Counter[int] = Counter()
+        """All tokens by the level at which they were computed."""
 
     def add(self, at_s: float, chunk: Chunk, before: RungShare | None, tokens_before: int) -> None:
         """Books a chunk that arrived at ``at_s``; ``before`` are the shares of the ``tokens_before`` ahead of it.
 
         A chunk of a server that does not tell shares is left out.
         """
+        self.by_level.update(chunk.levels)
         if chunk.rung_share is None or not chunk.tokens:
             return
         second = math.floor(at_s)

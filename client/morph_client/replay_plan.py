@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from morph_client.trace_store import find_trace
 from morph_client.traces import Trace, clip, cut_window, fix_lengths, keep_every, read_trace, speed_up, thin
 
 # So that no two seeds of a replay share the draws of any request.
-_DRAWS_PER_SEED = 1 << 24
+_DRAWS_PER_SEED, _MOST_REPEATS = 1 << 20, 1 << 10
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,20 @@ class ReplayPlan:
     connections: int
     temperature: float = 0.0
     keep_text: bool = False
+    repeat: int = 0
+    """Repeats have the same prompts and, above temperature 0, draws of their own."""
 
     @property
     def load_options(self) -> LoadOptions:
         """What all of its requests have in common."""
-        seed = self.cuts.seed * _DRAWS_PER_SEED
+        seed = (self.cuts.seed * _MOST_REPEATS + self.repeat) * _DRAWS_PER_SEED
         return LoadOptions(self.temperature, seed, None, self.deadline_s, self.keep_text)
+
+    def at_speed(self, factor: float) -> ReplayPlan:
+        """The same plan, faster by this factor."""
+        return replace(
+            self, trace=speed_up(self.trace, factor), cuts=replace(self.cuts, speed=self.cuts.speed * factor)
+        )
 
     def requests(self, tokens_per_word: float) -> list[Planned]:
         """The requests with their prompts."""

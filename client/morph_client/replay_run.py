@@ -94,6 +94,7 @@ async def run_replay(
         summary=summarise(records, plan.targets),
         states=watch.samples.states,
         precision=watch.counts.precision.bins(),
+        by_level=watch.counts.precision.by_level,
         changes=from_samples(watch.samples.states),
     )
     return Replayed(run, requests, plan.fingerprint(requests), started)

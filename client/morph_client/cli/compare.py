@@ -18,16 +18,18 @@ from morph_client.cli import replay_options as options
 from morph_client.cli.common import command_line, orderly_termination, stderr, stdout
 from morph_client.cli.replay_run import under_a_bar
 from morph_client.compare.configurations import BASELINE, Configuration, interleaved, parse
+from morph_client.compare.fit import fitted_speed, output_capacity
+from morph_client.compare.level_loss import LevelLosses
 from morph_client.compare.measure import Bench, measure
 from morph_client.compare.result import OneRun, build
 from morph_client.compare.scoring import Score, Scorer
 from morph_client.errors import BadInput, MissingDependency
 from morph_client.loadgen import Planned
 from morph_client.replay_plan import Cuts, PromptSource, describe, make_plan
-from morph_client.replay_run import Replayed, ReplayWatch
+from morph_client.replay_run import Replayed, ReplayWatch, prepare
 from morph_client.report import compare_page, compare_table, files, plot, table
 from morph_client.report.data import run_to_json
-from morph_client.server_process import require_launcher
+from morph_client.server_process import EmbeddedServer, require_launcher
 from morph_client.stats import Targets
 
 # Prompts are scored in pieces of at most this many tokens; the server's own default is made for serving.
@@ -65,6 +67,13 @@ def compare(
     temperature: options.TemperatureOption = 0.0,
     ttft_slo: Annotated[float, typer.Option(help="Target for the first token, of report and controller.")] = 2.0,
     tpot_slo: options.TpotSloOption = None,
+    fit: Annotated[
+        float | None,
+        typer.Option(help="Set the speed so that the busiest 10 s ask for this many times what full precision serves."),
+    ] = None,
+    quality: Annotated[
+        Path | None, typer.Option(help="Table of 'morph quality --out' for this model: the loss by tokens' levels.")
+    ] = None,
     score: Annotated[int, typer.Option(min=0, help="Outputs of each run to score for perplexity; 0: none.")] = 100,
     deadline: options.DeadlineOption = 600.0,
     connections: options.ConnectionsOption = 1,
@@ -90,6 +99,9 @@ def compare(
         temperature=temperature,
         keep_text=True,
     )  # fmt: skip
+    losses = None if quality is None else LevelLosses.read(quality)
+    if fit is not None:
+        fitted_speed(plan.trace.requests, 1.0, fit)
     folder = model or (Path(os.environ["MORPH_MODEL"]) if os.environ.get("MORPH_MODEL") else None)
     if folder is not None and not folder.is_dir():
         raise BadInput(f"the model folder {folder} does not exist")
@@ -102,14 +114,18 @@ def compare(
     environment = {**os.environ, **{name: str(value) for name, value in given.items() if value is not None}}
     bench = Bench(plan, environment, out, start_timeout)
     console = stdout()
-    console.print(describe(plan), style="dim", soft_wrap=True, markup=False)
     with orderly_termination():
+        if fit is not None:
+            bench = _fit(console, bench, chosen, fit)
+        console.print(describe(bench.plan), style="dim", soft_wrap=True, markup=False)
         runs, requests = _measure_all(console, bench, order, out)
+        if losses is not None:
+            runs = [replace(one, level_loss=losses.change(one.configuration.ladder, one.run.by_level)) for one in runs]
         if score:
             runs = _score_all(console, bench, chosen, runs, requests, score)
     result: dict[str, Any] = {
         "command": command_line(ctx),
-        **plan.to_json(),
+        **bench.plan.to_json(),
         "model": folder.name if folder else "the demo model",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}",
         "environment": {
@@ -117,6 +133,8 @@ def compare(
         },
         "order": [configuration.name for _, configuration in order],
         "scored_per_run": score,
+        "fitted_to": fit,
+        "quality_table": losses and losses.source,
         **build(runs, chosen),
     }
     console.print(compare_table.render(result))
@@ -129,6 +147,24 @@ def compare(
     except MissingDependency as error:
         stderr().print(str(error), style="yellow", markup=False)
     console.print("Written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
+
+
+def _fit(console: Console, bench: Bench, chosen: list[Configuration], share: float) -> Bench:
+    """The bench with the plan's speed fitted to what full precision serves here."""
+    full = next(c for c in chosen if c.name == BASELINE)
+
+    async def capacity(server: EmbeddedServer) -> float:
+        async with AsyncMorphClient(server.grpc_url, metrics_url=server.metrics_url) as client:
+            return await output_capacity(client, await prepare(bench.plan, client))
+
+    with bench.server(full, "server-fitting.log") as server, console.status("measuring what full precision serves"):
+        server.wait_ready(bench.start_timeout_s)
+        served = asyncio.run(capacity(server))
+        server.check_alive()
+        server.stop()
+    speed = fitted_speed(bench.plan.trace.requests, served, share)
+    console.print(f"Full precision serves {served:.0f} output tokens per second here.", style="dim")
+    return replace(bench, plan=bench.plan.at_speed(speed))
 
 
 def _measure_all(

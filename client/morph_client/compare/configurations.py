@@ -23,6 +23,11 @@ class Configuration:
     """Variables of the server that differ from the user's."""
 
     @property
+    def ladder(self) -> str:
+        """Its rungs below full precision."""
+        return self.environment["MORPH_LADDER"]
+
+    @property
     def mode(self) -> str:
         """The controller's mode."""
         return self.environment["MORPH_MODE"]

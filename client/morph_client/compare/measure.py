@@ -46,7 +46,8 @@ def measure(bench: Bench, configuration: Configuration, repeat: int, requests: l
     """
     with bench.server(configuration, f"server-{configuration.name.replace(':', '-')}-{repeat + 1}.log") as server:
         server.wait_ready(bench.start_timeout_s)
-        done = asyncio.run(_replay(bench.plan, configuration, server, requests, shown))
+        plan = replace(bench.plan, repeat=repeat)
+        done = asyncio.run(_replay(plan, configuration, server, requests, shown))
         server.check_alive()
         server.stop()
     changes = read_log(server.log_path, done.started_unix_s)

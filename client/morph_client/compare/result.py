@@ -24,6 +24,8 @@ class OneRun:
     repeat: int
     run: Run
     scores: Mapping[int, Score]
+    level_loss: float | None = None
+    """Relative change of perplexity by the levels of its tokens, from a table of `morph quality`."""
 
 
 def build(runs: Sequence[OneRun], configurations: Sequence[Configuration]) -> dict[str, Any]:
@@ -88,6 +90,7 @@ def _figures(one: OneRun, full: OneRun, burst: Sequence[float] | None) -> dict[s
         "return_s": run.return_s,
         "scored_tokens": None if written is None else written.tokens,
         "perplexity": None if written is None else written.perplexity,
+        "level_loss": one.level_loss,
         "equal_to_full": None if same is None else same.equal,
         "common_prefix": None if same is None else same.common_prefix,
         "max_lateness_s": s.max_lateness_s,

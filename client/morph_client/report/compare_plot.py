@@ -104,8 +104,8 @@ def _ttft_bars(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
 
 
 def _perplexity_bars(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
-    _bars(axis, result, theme, "perplexity", False, "{:.2f}")
-    return "Perplexity of what was generated, under full precision (axis does not begin at 0)"
+    _bars(axis, result, theme, "perplexity", False, "{:.3f}")
+    return "Perplexity of what was generated (axis does not begin at 0)"
 
 
 def _shown(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:

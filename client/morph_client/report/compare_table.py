@@ -50,6 +50,7 @@ _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
     ("  layer-weighted share at full", "full_share", percent, False, False),
     ("  the same outside the burst", "full_share_outside_burst", percent, False, False),
     ("perplexity of what was generated", "perplexity", _fixed(3), True, True),
+    ("quality loss by the levels of its tokens", "level_loss", _signed, False, False),
     ("outputs equal to full's", "equal_to_full", percent, False, False),
     ("  common beginning, of characters", "common_prefix", percent, False, False),
     ("highest level", "max_level", _whole, True, False),
@@ -123,20 +124,17 @@ def headline(result: Mapping[str, Any]) -> str:
     best = min(morphing, key=lambda c: float(c["figures"]["ttft_p95_s"]["median"]))
     figures = best["figures"]
     own, ratio = figures["ttft_p95_s"]["median"], figures["ttft_p95_ratio"]["median"]
-    told = [
-        f"{best['label'].capitalize()}: p95 time to first token {seconds(own)}",
-        f"full precision {seconds(full['median'])}",
-    ]
     if figures["max_level"] and not figures["max_level"]["median"]:
-        told.append("the load never needed it, so nothing morphed")
+        verdict = "the load never needed a change, as against"
     elif ratio >= 1.05:
-        told.append(f"{ratio:.1f} times better")
+        verdict = f"{ratio:.1f} times better than"
     else:
-        told.append("no gain" if ratio > 0.95 else f"{1 / ratio:.2f} times worse")
+        verdict = "no gain over" if ratio > 0.95 else f"{1 / ratio:.2f} times worse than"
+    said = f"{best['label'].capitalize()}: p95 time to first token {seconds(own)}, {verdict} full precision"
     statics = [by_name[name] for name in ("w8", "w4") if name in by_name]
     known = [(static["label"], static["figures"]["ttft_p95_s"]) for static in statics]
-    told += [f"{label} {seconds(ttft['median'])}" for label, ttft in known if ttft]
-    said = ", ".join(told) + "."
+    others = "".join(f", {label} {seconds(ttft['median'])}" for label, ttft in known if ttft)
+    said += f" ({seconds(full['median'])}){others}."
     if figures["level0_share"]:
         said += f" {percent(figures['level0_share']['median'])} of its tokens had every layer at full precision."
     changed = [f"{c['label']} {_change(c)}" for c in (best, *statics) if _change(c) != NOTHING]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Run:
     """The server's state over time; empty if its metrics could not be read."""
     precision: Sequence[TokenBin] = field(default=())
     """Output tokens by second and rung; empty if the server does not tell."""
+    by_level: Mapping[int, int] = field(default_factory=dict)
+    """Output tokens by the level at which they were computed."""
     changes: Sequence[Change] = field(default=())
     """What the controller did."""
 
@@ -86,6 +88,7 @@ def run_to_json(run: Run) -> dict[str, Any]:
         "preemptions": run.preemptions,
         "peak_kv_share": run.peak_kv_share,
         "return_s": run.return_s,
+        "by_level": {str(level): run.by_level[level] for level in sorted(run.by_level)},
         "changes": [asdict(c) for c in run.changes],
         "requests": [_record_to_json(r) for r in run.records],
         "precision": [asdict(b) for b in run.precision],
