@@ -57,17 +57,18 @@ async def output_capacity(client: AsyncMorphClient, requests: Sequence[Planned])
             fresh = replace(request, due_s=0.0, prompt=f"Fitting {number}. {request.prompt}")
             await run_load(client, [fresh], progress=counts, options=LoadOptions())
 
-    crowd = asyncio.gather(*(one_after_another() for _ in range(_ENOUGH)))
+    crowd = [asyncio.create_task(one_after_another()) for _ in range(_ENOUGH)]
     clock = asyncio.get_running_loop().time
     try:
         # The first seconds are prefills only; what counts is the steady state after them.
-        await asyncio.wait([crowd], timeout=_FILL_S)
+        await asyncio.wait(crowd, timeout=_FILL_S)
         begun, tokens = clock(), counts.output_tokens
-        await asyncio.wait([crowd], timeout=_COUNT_S)
+        await asyncio.wait(crowd, timeout=_COUNT_S)
         made, seconds = counts.output_tokens - tokens, clock() - begun
     finally:
-        crowd.cancel()
-        await asyncio.wait([crowd])
+        for worker in crowd:
+            worker.cancel()
+        await asyncio.wait(crowd)
     if not made:
         raise ServerError("the server made no tokens while its capacity was measured")
     return made / seconds
