@@ -30,6 +30,7 @@ tr.group td, tr.group th { border-top: 1px solid var(--grid); }
 .two thead th:nth-last-child(2) { color: var(--off); } .two thead th:last-child { color: var(--on); }
 pre { font: .8125rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0;
   padding: .75rem 1rem; background: var(--burst); border-radius: .375rem; overflow: auto; max-height: 28rem; }
+.note + pre { margin-top: .5rem; }
 pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
 .note { color: var(--muted); font-size: .9rem; max-width: 46rem; margin: 1rem 0 0; overflow-wrap: anywhere; }
 @media (max-width: 40rem) {

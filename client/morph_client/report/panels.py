@@ -94,7 +94,8 @@ def _precision(axis: Any, picture: Picture, theme: Theme) -> str:
             loc="upper right", ncols=3, frameon=False, fontsize=9, labelcolor=theme.text, borderpad=0, handlelength=1.0,
             handleheight=0.8,
         )  # fmt: skip
-    return "Output tokens per second, by precision"
+    of = f", {picture.runs[-1].label}" if len(picture.runs) > 1 else ""
+    return f"Output tokens per second by precision{of}"
 
 
 PANELS: dict[str, Callable[[Any, Picture, Theme], str]] = {
