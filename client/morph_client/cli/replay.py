@@ -15,7 +15,7 @@ from morph_client.aio_client import AsyncMorphClient
 from morph_client.cli import replay_options as options
 from morph_client.cli.common import MetricsUrlOption, UrlOption, command_line, metrics_port, stderr, stdout
 from morph_client.cli.replay_run import under_a_bar
-from morph_client.errors import MissingDependency, ServerError
+from morph_client.errors import BadInput, MissingDependency, ServerError
 from morph_client.replay_plan import Cuts, PromptSource, ReplayPlan, describe, make_plan
 from morph_client.replay_run import Replayed, ReplayWatch, prepare, run_replay
 from morph_client.report import files, replay_page, table
@@ -69,6 +69,8 @@ def replay(
         temperature=temperature,
         keep_text=save_outputs or reference is not None,
     )  # fmt: skip
+    if save_outputs and out is None:
+        raise BadInput("--save-outputs keeps outputs in the file that --out names: give --out too")
     known = None if reference is None else Reference.read(reference)
     if out is not None:
         files.check_writable(out)

@@ -25,11 +25,14 @@ def _signed(value: float) -> str:
     return f"{value * 100:+.1f} %"
 
 
+def _share(value: float) -> str:
+    return f"{value * 100:.0f} %"
+
+
 def _fixed(digits: int) -> _Shown:
     return lambda value: f"{value:.{digits}f}"
 
 
-_PERCENT: _Shown = lambda value: f"{value * 100:.1f} %"  # noqa: E731
 _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
     # name, figure, how it is shown, whether a group begins, whether least and most of the repeats follow
     ("requests", "requests", _whole, False, False),
@@ -55,9 +58,10 @@ _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
     ("  common beginning, of characters", "common_prefix", percent, False, False),
     ("highest level", "max_level", _whole, True, False),
     ("most KV blocks", "max_kv_blocks", _whole, False, False),
-    ("most live KV, of base capacity", "peak_kv_share", _PERCENT, False, False),
+    ("most live KV, of base capacity", "peak_kv_share", _share, False, False),
     ("preemptions", "preemptions", _whole, False, False),
     ("back at level 0 after", "return_s", seconds, False, False),
+    ("client behind its schedule, at most", "max_lateness_s", seconds, True, False),
 )
 
 

@@ -192,6 +192,7 @@ def test_the_page_of_a_replay_says_what_was_done(
         (["--prefixes", "0"], "at least 1 shared prefix"),
         (["--temperature", "-1"], "temperature must be 0"),
         (["--seed", "-1"], "seed must be 0 or more"),
+        (["--save-outputs"], "give --out too"),
     ],
 )
 def test_a_bad_option_is_one_sentence(morph: Morph, tmp_path: Path, arguments: list[str], says: str) -> None:
