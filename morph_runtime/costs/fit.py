@@ -54,7 +54,7 @@ def fit_steps(by_rung: Sequence[Times], others: Times) -> StepFit:
     """Fit the model.
 
     Args:
-        by_rung: per rung, `full` first, all layers at it: steps of decodes that read one block each, and prompts'
+        by_rung: per rung, `full` first, all layers at it: steps of decodes of one context, and prompts'
             first chunks. The first rung has at least one step; one that others lack is scaled from its neighbours.
         others: further steps at full precision, in any number: the more are missing, the more is left at 0.
     """

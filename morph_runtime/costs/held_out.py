@@ -37,10 +37,9 @@ class HeldOut:
 
 
 def held_out_levels(plan: LevelPlan) -> list[int]:
-    """Level 0, the deepest, those at which all layers are at one rung, and two between each of these."""
+    """Those at which all layers are at one rung, and one between each two of these."""
     layers = plan.num_layers
-    steps = {rung * layers + share * layers // 4 for rung in range(len(plan.ladder)) for share in (0, 1, 2)}
-    return sorted({*steps, plan.max_level})
+    return sorted({half * layers // 2 for half in range(2 * len(plan.ladder) + 1)})
 
 
 def held_out_shapes(probe: StepProbe) -> list[Shape]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from morph_runtime.costs.fit import Times, fit_steps
 from morph_runtime.costs.probe import Shape, StepProbe
-from morph_runtime.costs.samples import decode_shapes, other_shapes, prefill_shapes, time_shapes
+from morph_runtime.costs.samples import decode_shapes, other_shapes, prefill_shapes, time_shapes, usual_context
 from morph_runtime.engine.core import EngineParts
 from morph_runtime.morph.costs import StepCosts, layer_counts
 from morph_runtime.morph.levels import LevelPlan
@@ -59,8 +59,8 @@ def measure(parts: EngineParts, plan: LevelPlan, budget_s: float, clock: Callabl
     """
     began = time.monotonic()
     probe, walk = StepProbe(parts, clock), _Walk()
-    settings, block = parts.config.scheduler, parts.config.memory.block_tokens
-    shapes = decode_shapes(settings.max_num_seqs, block)
+    settings = parts.config.scheduler
+    shapes = decode_shapes(settings.max_num_seqs, usual_context(probe))
     longer = prefill_shapes(settings.max_num_seqs, settings.max_num_batched_tokens)
     ordered = dict.fromkeys((shapes[0], shapes[-1], *longer[:1], *longer[-1:], *shapes, *longer))
     grid = [shape for shape in ordered if probe.shape_fits(shape, parts.capacities[0])]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from morph_runtime.costs.probe import Shape, StepProbe
 
 MAX_ROUNDS = 5
+USUAL_CONTEXT = 128
 PATIENCE = 3
 """Where steps are timed in processor time, other processes may take the rest of so many times as many seconds."""
 MIN_PREFILL = 16
@@ -25,9 +26,21 @@ def sizes(most: int, first: int = 1, factor: int = 2) -> list[int]:
     return [*steps, most] if most > steps[-1] else [min(first, most)]
 
 
-def decode_shapes(max_num_seqs: int, block_tokens: int) -> list[Shape]:
-    """Steps of decodes alone which read one block each, the fewest first; powers of two, as CUDA graphs are."""
-    return [Shape(count, block_tokens) for count in sizes(max_num_seqs)]
+def usual_context(probe: StepProbe) -> int:
+    """Tokens of context at which batches of decodes are compared: whole blocks, and room for all that may run.
+
+    Not one block each: attention has other ways for next to nothing (on a CPU, one call in place of five), and their
+    times would be taken for those of serving.
+    """
+    parts = probe.parts
+    block = parts.config.memory.block_tokens
+    room = parts.capacities[0] * block // parts.config.scheduler.max_num_seqs
+    return max(block, min(USUAL_CONTEXT, parts.max_model_len // 8, room) // block * block)
+
+
+def decode_shapes(max_num_seqs: int, context: int) -> list[Shape]:
+    """Steps of decodes alone, the fewest first; powers of two, as CUDA graphs are."""
+    return [Shape(count, context) for count in sizes(max_num_seqs)]
 
 
 def prefill_shapes(max_num_seqs: int, max_batched_tokens: int) -> list[Shape]:
@@ -47,7 +60,7 @@ def other_shapes(probe: StepProbe) -> list[Shape]:
     """
     parts = probe.parts
     settings, block = parts.config.scheduler, parts.config.memory.block_tokens
-    base, longest = parts.capacities[0] * block, parts.max_model_len
+    base, longest, usual = parts.capacities[0] * block, parts.max_model_len, usual_context(probe)
     seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
     shapes = []
     for count in dict.fromkeys((seqs, 1, min(8, seqs), min(2, seqs))):
@@ -61,9 +74,9 @@ def other_shapes(probe: StepProbe) -> list[Shape]:
         shapes += [Shape(0, prefill=length, start=start) for start in (longest - length, (longest - length) // 2)]
     shapes += [Shape(0, prefill=n) for n in sizes(seqs) if n > 1 and n >= min(MIN_PREFILL, seqs)]
     count = max(1, int(min(seqs - 1, tokens // 2) * MANY_DECODES))
-    shapes += [Shape(count, block, min(n, longest)) for n in (tokens - count, (tokens - count) // 3) if n > 1]
+    shapes += [Shape(count, usual, min(n, longest)) for n in (tokens - count, (tokens - count) // 3) if n > 1]
     fits = [s for s in dict.fromkeys(shapes) if s.tokens and probe.shape_fits(s, parts.capacities[0])]
-    return [s for s in fits if s.context > block or s.prefill]
+    return [s for s in fits if s.context > usual or s.prefill]
 
 
 def time_shapes(probe: StepProbe, shapes: Sequence[Shape], budget_s: float, needed: int) -> Mapping[Shape, float]:
