@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+<<<<<<< HEAD
 from morph_client.cli import (
     chat,
     compare,
@@ -22,6 +23,9 @@ from morph_client.cli import (
     top,
     traces,
 )
+=======
+from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+>>>>>>> main
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -47,6 +51,7 @@ def build_app() -> typer.Typer:
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)
     app.command("quality")(quality.quality)
+    app.command("costs")(costs.costs)
     app.command("profile")(profile.profile)
     return app
 
