@@ -7,10 +7,10 @@ import sys
 
 import typer
 
-<<<<<<< HEAD
 from morph_client.cli import (
     chat,
     compare,
+    costs,
     demo,
     generate,
     openai,
@@ -23,9 +23,6 @@ from morph_client.cli import (
     top,
     traces,
 )
-=======
-from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
->>>>>>> main
 from morph_client.cli.common import OneSentenceGroup
 
 
