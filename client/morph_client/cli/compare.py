@@ -137,7 +137,7 @@ def compare(
         "quality_table": losses and losses.source,
         **build(runs, chosen),
     }
-    console.print(compare_table.render(result))
+    console.print(*compare_table.render(result, console.width))
     console.print(f"\n[bold]{compare_table.headline(result)}[/bold]\n")
     files.write_json(out / "result.json", result)
     written = [out / "result.json"]

@@ -33,6 +33,7 @@ def _fixed(digits: int) -> _Shown:
     return lambda value: f"{value:.{digits}f}"
 
 
+_NAME_WIDTH, _VALUE_WIDTH = 24, 13
 _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
     # name, figure, how it is shown, whether a group begins, whether least and most of the repeats follow
     ("requests", "requests", _whole, False, False),
@@ -52,7 +53,7 @@ _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
     ("tokens with every layer at full precision", "level0_share", percent, True, False),
     ("  layer-weighted share at full", "full_share", percent, False, False),
     ("  the same outside the burst", "full_share_outside_burst", percent, False, False),
-    ("perplexity of what was generated", "perplexity", _fixed(3), True, True),
+    ("perplexity of what was generated", "perplexity", _fixed(2), True, True),
     ("quality loss by the levels of its tokens", "level_loss", _signed, False, False),
     ("outputs equal to full's", "equal_to_full", percent, False, False),
     ("  common beginning, of characters", "common_prefix", percent, False, False),
@@ -94,8 +95,9 @@ def _range(figure: Mapping[str, float] | None, shown: _Shown) -> str:
     low, high = shown(figure["min"]), shown(figure["max"])
     if low == high:
         return low
-    unit = low.rpartition(" ")[2]
-    return f"{low.removesuffix(' ' + unit)}–{high}" if " " in low and high.endswith(" " + unit) else f"{low}–{high}"
+    # The unit stands in the line above, if it is the same for both.
+    (low_number, _, low_unit), (high_number, _, high_unit) = low.partition(" "), high.partition(" ")
+    return f"{low_number}–{high_number}" if low_unit == high_unit else f"{low}–{high}"
 
 
 def _change(column: Mapping[str, Any]) -> str:
@@ -105,15 +107,22 @@ def _change(column: Mapping[str, Any]) -> str:
     return f"{found['mean'] * 100:+.1f} ± {found['standard_error'] * 100:.1f} %"
 
 
-def render(result: Mapping[str, Any]) -> Table:
-    """For the terminal."""
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+def render(result: Mapping[str, Any], width: int) -> list[Table]:
+    """For a terminal of ``width`` columns: one table, or several that share the names where one would be too wide."""
+    columns = result["configurations"]
+    fitting = max(1, (width - _NAME_WIDTH) // (_VALUE_WIDTH + 1))
     lines = rows(result)
-    table.add_column("", no_wrap=True)
-    for column in result["configurations"]:
-        table.add_column(column["label"], justify="right", min_width=9)
+    return [_table(lines, columns, start, start + fitting) for start in range(0, len(columns), fitting)]
+
+
+def _table(lines: Sequence[Row], columns: Sequence[Mapping[str, Any]], start: int, end: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0), header_style="bold")
+    # Names fold where a terminal is narrow; figures never do.
+    table.add_column("", min_width=_NAME_WIDTH)
+    for column in columns[start:end]:
+        table.add_column(column["label"], justify="right", width=_VALUE_WIDTH, overflow="fold")
     for i, row in enumerate(lines):
-        table.add_row(row.name, *row.values, end_section=i + 1 < len(lines) and lines[i + 1].heads_group)
+        table.add_row(row.name, *row.values[start:end], end_section=i + 1 < len(lines) and lines[i + 1].heads_group)
     return table
 
 

@@ -26,6 +26,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 0 .3rem 1.75rem; text-align: right; white-space: nowrap; font-weight: 400; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; background: var(--background) padding-box; }
 thead th { border-bottom: 1px solid var(--muted); font-weight: 600; }
+tr.sub th { padding-left: 1rem; }
 tr.group td, tr.group th { border-top: 1px solid var(--grid); }
 .two thead th:nth-last-child(2) { color: var(--off); } .two thead th:last-child { color: var(--on); }
 pre { font: .8125rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0;
@@ -113,7 +114,8 @@ def _log(log: Log) -> str:
 
 def _line(row: Row) -> str:
     cells = "".join(f"<td>{html.escape(value)}</td>" for value in row.values)
-    group = " class='group'" if row.heads_group else ""
+    classes = " ".join(["group"] * row.heads_group + ["sub"] * row.name.startswith(" "))
+    group = f" class='{classes}'" if classes else ""
     return f"<tr{group}><th scope='row'>{html.escape(row.name)}</th>{cells}</tr>"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from client_fakes import FakeTriton
+from rich.console import Console
 from test_client_report import run
 
 from morph_client.aio_client import AsyncMorphClient
@@ -164,10 +165,21 @@ def test_the_table_shows_the_papers_figures_and_the_spread(result: dict[str, Any
     assert rows["  p95, full / this (paper: 2.9–15.7 ×)"][2] == "5.50 ×"
     assert "  against full (paper: -92.5 %)" in rows
     assert rows["  least to most of the repeats"]
-    assert "5.00–6.00 ×" in str([row.values for row in compare_table.rows(result)])
+    assert "5.00–6.00" in str([row.values for row in compare_table.rows(result)])
     said = compare_table.headline(result)
     assert "1.00 s, 5.5 times better than full precision (5.50 s), static W4 900 ms" in said
     assert "static W4 +5.1 ±" in said
+
+
+def test_the_table_loses_no_figure_in_80_columns(result: dict[str, Any]) -> None:
+    result["configurations"] += result["configurations"]  # six columns are more than fit
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(*compare_table.render(result, 80))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    shown = " ".join(line for line in text.splitlines() if line.startswith("TTFT p95"))
+    assert shown.split("TTFT p95")[1].split() == ["5.50", "s", "900", "ms", "1.00", "s", "5.50", "s"]
+    assert shown.split("TTFT p95")[2].split() == ["900", "ms", "1.00", "s"]
 
 
 def test_a_loss_is_told_as_a_loss(result: dict[str, Any]) -> None:
