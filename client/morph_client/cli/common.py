@@ -93,7 +93,7 @@ class OneSentenceGroup(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Keeps the arguments as they were typed, for reports."""
-        ctx.meta[_TYPED] = list(args)
+        ctx.meta.setdefault(_TYPED, list(args))
         return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
