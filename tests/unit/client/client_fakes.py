@@ -74,6 +74,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.requests: list[Any] = []
         self.arrived = threading.Semaphore(0)
         self.cancelled = threading.Semaphore(0)
+        self.go_on = threading.Event()  # ends what "hang" has begun
         self.context: int | None = None  # in words; None takes any length
         self.level = level
         self.falls_idle = falls_idle
@@ -111,9 +112,8 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
                 return
             context.abort(code, words)
         if word == "hang":
-            over = threading.Event()
-            context.add_callback(over.set)
-            over.wait(10)
+            context.add_callback(self.go_on.set)
+            self.go_on.wait(300)
             return
         if word == "nonsense":
             yield response({"text_output": ("BYTES", b"\xff\xff\xff\xff")}, False)
@@ -232,7 +232,7 @@ class FakeTriton:
             threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
 
     def stop(self) -> None:
-        self._grpc.stop(None).wait(5)
+        self._grpc.stop(None).wait(60)
         for server in self._http:
             server.shutdown()
             server.server_close()
