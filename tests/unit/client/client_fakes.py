@@ -74,7 +74,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.requests: list[Any] = []
         self.arrived = threading.Semaphore(0)
         self.cancelled = threading.Semaphore(0)
-        self.go_on = threading.Event()  # ends what "hang" has begun
+        self.hanging: list[threading.Event] = []  # each ends a "hang"
         self.context: int | None = None  # in words; None takes any length
         self.level = level
         self.falls_idle = falls_idle
@@ -112,8 +112,10 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
                 return
             context.abort(code, words)
         if word == "hang":
-            context.add_callback(self.go_on.set)
-            self.go_on.wait(300)
+            over = threading.Event()
+            self.hanging.append(over)
+            context.add_callback(over.set)
+            over.wait(300)
             return
         if word == "nonsense":
             yield response({"text_output": ("BYTES", b"\xff\xff\xff\xff")}, False)

@@ -118,7 +118,7 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt_end_the_chat(terminal: Callable[..., Te
     # input() of CPython with readline misses a Ctrl-C in the microseconds between writing the prompt and waiting for
     # a key, which no hand is fast enough for, but this test is: then the next one counts.
     try:
-        status = screen.process.wait(20)
+        status = screen.process.wait(10 if key == CTRL_C else 100)
     except subprocess.TimeoutExpired:
         assert key == CTRL_C
         screen.type(key)
