@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,7 +14,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -94,12 +94,14 @@ class TritonServer:
         raise AssertionError(f"not ready in {timeout_s} s: {self.output()}")
 
     def wait_metrics(self, timeout_s: float = 60.0) -> TritonServer:
-        """Wait until the model's own metrics stand on the endpoint."""
+        """Wait until the model's own metrics stand on the endpoint, which Triton opens last."""
         deadline = time.monotonic() + timeout_s
-        while "morph_mode" not in self.metrics_text():
+        while True:
+            with contextlib.suppress(urllib.error.URLError):
+                if "morph_mode" in self.metrics_text():
+                    return self
             assert time.monotonic() < deadline, "the model's metrics did not appear"
             time.sleep(0.02)
-        return self
 
     def metrics_text(self) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=60) as answer:
@@ -116,7 +118,7 @@ class TritonServer:
             raise KeyError(name)
         return total
 
-    @contextmanager
+    @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
         """The fake engine holds its requests after their first token: what is to be seen meanwhile needs no haste."""
         gate = Path(self.environment["FAKE_GATE"])
