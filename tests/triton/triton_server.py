@@ -64,6 +64,7 @@ class TritonServer:
             "MORPH_METRICS_PORT": str(self.metrics),
             "TMPDIR": str(folder),
             "FAKE_GATE": str(folder / "gate-is-shut"),
+            "MORPH_COSTS": "off",  # a start takes long enough as it is, and nothing is left in the user's cache
             **environment,
         }
         self._file = self.log.open("wb")
