@@ -19,6 +19,7 @@ from morph_runtime.errors import ConfigError
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
 RUNGS = ("w8", "w4")
+PINS = ("", "full", *RUNGS)
 KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
@@ -107,6 +108,9 @@ class MorphSettings:
     order: str = "auto"
     """Layer order: `auto` (the pack's, else `front_to_back`), `front_to_back`, `back_to_front`, comma-separated layer
     numbers (a permutation), or an order file of `morph profile` (its order for the ladder's deepest rung)."""
+    pin: str = ""
+    """Serve with every layer at this rung from start to end, the controller asleep whatever the mode: `full`, or a rung
+    of the ladder, with the KV capacity of its level. For static baselines. Empty: the controller decides."""
     ttft_slo_s: float = 2.0
     """Seconds from arrival to first token that the controller tries to hold."""
     interval_s: float = 0.05
@@ -226,6 +230,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODE": ("morph", "mode"),
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
+    "MORPH_PIN": ("morph", "pin"),
     "MORPH_TTFT_SLO_S": ("morph", "ttft_slo_s"),
     "MORPH_COSTS": ("morph", "costs"),
     "MORPH_COST_CACHE": ("morph", "cost_cache"),
@@ -280,6 +285,12 @@ def validate(config: EngineConfig) -> None:
         raise ConfigError("morph.ladder must name each rung at most once and at least one of: w8, w4.")
     if list(config.morph.ladder) != [r for r in RUNGS if r in config.morph.ladder]:
         raise ConfigError("morph.ladder must go from mild to deep: w8 before w4.")
+    _one_of("morph.pin", config.morph.pin, PINS)
+    if config.morph.pin not in ("", "full", *config.morph.ladder):
+        raise ConfigError(
+            f"morph.pin is {config.morph.pin}, which morph.ladder ({','.join(config.morph.ladder)}) does not have: set "
+            f"MORPH_LADDER={config.morph.pin} too."
+        )
     if config.model.awq_path and "w4" not in config.morph.ladder:
         raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
 

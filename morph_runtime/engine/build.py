@@ -67,6 +67,10 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     parts, plan = build_parts(config, wake, opener)
+    if config.morph.pin:  # nothing is ever decided, so nothing needs to be predicted
+        engine = Engine(parts)
+        engine.set_level(plan.level_of(config.morph.pin))
+        return engine
     return Engine(replace(parts, costs=find_costs(parts, plan, resolve_model_folder(config.model.path))))
 
 

@@ -7,7 +7,22 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import (
+    chat,
+    compare,
+    costs,
+    demo,
+    generate,
+    openai,
+    pack,
+    profile,
+    quality,
+    quantize,
+    replay,
+    serve,
+    top,
+    traces,
+)
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -27,6 +42,8 @@ def build_app() -> typer.Typer:
     app.command("openai")(openai.openai)
     app.command("top")(top.top)
     app.command("replay")(replay.replay)
+    app.command("compare")(compare.compare)
+    app.add_typer(traces.traces, name="traces")
     app.command("demo")(demo.demo)
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)
