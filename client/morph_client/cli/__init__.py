@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import chat, demo, generate, mode, openai, pack, profile, quality, quantize, replay, serve, top
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -26,6 +26,7 @@ def build_app() -> typer.Typer:
     app.command("chat")(chat.chat)
     app.command("openai")(openai.openai)
     app.command("top")(top.top)
+    app.command("mode")(mode.mode)
     app.command("replay")(replay.replay)
     app.command("demo")(demo.demo)
     app.command("quantize")(quantize.quantize)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,8 +79,8 @@ class Outcome:
     def reversals(self, start_s: float = 0.0) -> int:
         """Changes of direction of the level."""
         path = [level for at, level in self.levels if at >= start_s]
-        moves = [b > a for a, b in zip(path, path[1:], strict=False) if a != b]
-        return sum(a != b for a, b in zip(moves, moves[1:], strict=False))
+        moves = [b > a for a, b in pairwise(path) if a != b]
+        return sum(a != b for a, b in pairwise(moves))
 
 
 class ClosedLoop:
