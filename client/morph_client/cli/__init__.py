@@ -7,7 +7,21 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, mode, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import (
+    chat,
+    costs,
+    demo,
+    generate,
+    mode,
+    openai,
+    pack,
+    profile,
+    quality,
+    quantize,
+    replay,
+    serve,
+    top,
+)
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -32,6 +46,7 @@ def build_app() -> typer.Typer:
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)
     app.command("quality")(quality.quality)
+    app.command("costs")(costs.costs)
     app.command("profile")(profile.profile)
     return app
 
