@@ -62,14 +62,14 @@ def test_more_that_waits_never_lets_anybody_wait_less(pending: int, more: int, r
     assert (many.ttft_s >= 0.95 * few.ttft_s - 0.05).all()
 
 
-@given(st.integers(0, 200), st.floats(0, 20), st.integers(1, 40))
+@given(st.integers(0, 200), st.floats(0, 20))
 @settings(max_examples=40, deadline=None)
-def test_more_blocks_at_the_same_speed_never_make_it_worse(pending: int, rate: float, blocks: int) -> None:
+def test_three_times_the_blocks_at_the_same_speed_never_make_it_worse(pending: int, rate: float) -> None:
     same = Forecaster(make_costs(1.0, 1.0), [SloClass("", 2.0)], 512)
     reading = load(pending, rate)
     less = forecast(reading, same)
-    more = forecast(dataclasses.replace(reading, capacities=reading.capacities + blocks), same)
-    assert (more.score <= less.score * 1.3 + 0.05).all(), "but for what whole intervals round"
+    more = forecast(dataclasses.replace(reading, capacities=3 * reading.capacities), same)
+    assert (more.score <= less.score * 1.05 + 0.02).all()
 
 
 @pytest.mark.parametrize("pending", [0, 5, 20, 100])
@@ -158,7 +158,7 @@ def test_a_load_just_above_capacity_makes_no_flapping_with_wrong_costs_and_late_
 
 
 @given(st.integers(0, 10_000), st.floats(0.5, 2.5), st.floats(1, 4), st.booleans())
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_it_always_returns_to_full_precision(seed: int, height: float, seconds: float, blocks: bool) -> None:
     make = kv if blocks else compute
     loop = make_loop(base=200 if blocks else 1000)
