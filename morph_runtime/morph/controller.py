@@ -78,6 +78,11 @@ class Controller:
         """Whether it decides by forecast."""
         return isinstance(self._rule, PredictionRule)
 
+    @property
+    def pause_s(self) -> float:
+        """Seconds after a decision for which another load would not be looked at."""
+        return self._rule.pause_s
+
     def decide(self, load: Load) -> int:
         """The level to go to. A decision is logged and counted with its reason; where the rule wants to see no more
         than it has seen a moment ago, the level stays as it is."""
