@@ -44,6 +44,7 @@ class Controller:
         """Whether some permitted level was forecast to meet the SLOs at the last decision."""
         self._fresh: list[Decision] = []
         self._last_hold = ""
+        self._heading: int | None = None
         self.counts: dict[str, int] = {}
 
     @property
@@ -112,6 +113,10 @@ class Controller:
     def _record(self, load: Load, choice: Choice) -> None:
         target = choice.target
         action = "hold" if target == load.level else ("down" if target > load.level else "up")
+        heading = None if action == "hold" else target
+        if heading is not None and heading == self._heading:
+            return  # on the way there: no new decision
+        self._heading = heading
         key = f"{action}/{choice.reason}"
         self.counts[key] = self.counts.get(key, 0) + 1
         if action == "hold" and choice.reason == self._last_hold:
