@@ -54,11 +54,12 @@ class PredictionRule:
 
     def choose(self, load: Load, mode: ModeTargets, deepest: int) -> Choice:
         """The level to go to; none deeper than `deepest`, and the present one is not."""
+        # Idle or not, at level 0 with nothing outside the engine there is little to foresee.
         calm = load.level == 0 and load.pending == 0 and load.head_fits and self._late_since is None
         if load.now_s < self._next_s:
             return Choice(load.level, self._last_reason, held=True)
         if calm and not len(load.running) and not load.backlog:
-            return Choice(0, "slo_met", held=True)
+            return Choice(0, "slo_met")
         same = self._holds >= SAME and self._late_since is None
         self.pause_s = CALM_S if calm or same else LOOK_S
         self._next_s = load.now_s + self.pause_s
@@ -152,4 +153,4 @@ def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: i
         )
         for k in shown
     ]  # fmt: skip
-    return Choice(target, reason, considered, met=bool(forecast.score[target] <= MET))
+    return Choice(target, reason, considered, met=bool(forecast.score.min() <= MET))
