@@ -71,7 +71,10 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
         engine = Engine(parts)
         engine.set_level(plan.level_of(config.morph.pin))
         return engine
-    return Engine(replace(parts, costs=find_costs(parts, plan, resolve_model_folder(config.model.path))))
+    costs = find_costs(parts, plan, resolve_model_folder(config.model.path))
+    if costs is not None:
+        parts.controller.use_costs(costs, config.scheduler.max_num_batched_tokens)
+    return Engine(replace(parts, costs=costs))
 
 
 def build_parts(
@@ -139,6 +142,7 @@ def build_parts(
         intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
         runner=runner,
         order=device.order,
+        gpu_used_share=device.memory_used_share,
     )
     return parts, plan
 

@@ -13,6 +13,7 @@ from morph_client.cli import (
     costs,
     demo,
     generate,
+    mode,
     openai,
     pack,
     profile,
@@ -41,6 +42,7 @@ def build_app() -> typer.Typer:
     app.command("chat")(chat.chat)
     app.command("openai")(openai.openai)
     app.command("top")(top.top)
+    app.command("mode")(mode.mode)
     app.command("replay")(replay.replay)
     app.command("compare")(compare.compare)
     app.add_typer(traces.traces, name="traces")
