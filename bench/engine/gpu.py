@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import itertools
 
-from random_model import SHAPES, open_random, write_folder
+from random_model import SHAPES, write_folder
 
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
@@ -215,7 +215,8 @@ def main() -> None:
     given = parser.parse_args()
     folder = write_folder(given.shape, Path(tempfile.mkdtemp()))
     settings: dict[str, Any] = {
-        "device": "cuda", "model": {"path": str(folder), "dtype": "bfloat16", "max_model_len": given.max_model_len},
+        "device": "cuda", "model": {"path": str(folder), "dtype": "bfloat16", "max_model_len": given.max_model_len,
+                                    "load_format": "dummy"},
         "memory": {"budget_gib": given.budget}, "cache": {"prefix": False},
         "scheduler": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
         "morph": {"mode": "off", "ladder": given.ladder.split(",")},
@@ -226,7 +227,7 @@ def main() -> None:
         (settings.setdefault(section[0], {}) if section else settings)[field] = json.loads(value)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.monotonic()
-    engine = build_engine(EngineConfig.from_mapping(settings), opener=open_random)
+    engine = build_engine(EngineConfig.from_mapping(settings))
     driver, parts = Driver(engine), engine.parts
     layers = parts.spec.layers
     result: dict[str, Any] = {"shape": given.shape, "gpu": torch.cuda.get_device_name(), "settings": settings}
