@@ -95,7 +95,7 @@ def _build(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -> E
     swapper = LayerSwapper(arena, slots, plan.order, slots.rungs, filler, wake)
     swapper.load()
     bound = replace(ledger, total_extents=ledger.budget_bytes // ledger.extent_bytes)  # as if all were arena
-    cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv)
+    cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv, device.send_pairs)
     cache.grow(1)
     runner = device.runner(
         RunnerParts(config, model, arena, static.bind(static_slot), cache, kv_format, swapper, max_model_len)
