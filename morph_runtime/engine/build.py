@@ -33,6 +33,8 @@ from morph_runtime.weights.spec import ModelSpec
 CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
 """What a GPU needs besides PyTorch: distribution and top-level module."""
 
+Opener = Callable[[EngineConfig, torch.device], OpenModel]
+
 
 def _importable(module: str) -> bool:
     try:
@@ -54,29 +56,30 @@ def open_model(config: EngineConfig, device: torch.device) -> OpenModel:
     return open_pack(config, folder, device) if is_pack(folder) else open_checkpoint(config, folder, device)
 
 
-def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> Engine:
+def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, opener: Opener = open_model) -> Engine:
     """An engine that is ready to step.
 
     Args:
         config: validated settings.
         wake: called from another thread when a layer's bytes are ready.
+        opener: opens the model (benchmarks open one with random weights).
 
     Raises:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     with ExitStack() as undo:  # gives memory and threads back if it raises half-way
-        engine = _build(config, wake, undo)
+        engine = _build(config, wake, opener, undo)
         undo.pop_all()
     return engine
 
 
-def _build(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -> Engine:
+def _build(config: EngineConfig, wake: Callable[[], None], opener: Opener, undo: ExitStack) -> Engine:
     for name, value in engine_variables(config).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
     folder = resolve_model_folder(config.model.path)
     device = open_device(config)
-    model = open_model(config, device.torch_device)
+    model = opener(config, device.torch_device)
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
     block_tokens = config.memory.block_tokens
     kv_format = FORMATS[config.memory.kv_dtype](slots.dtype)
@@ -117,7 +120,6 @@ def _build(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -> E
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
-    undo.callback(grammars.close)
     return Engine(
         EngineParts(
             config=config,
