@@ -24,7 +24,7 @@ from typing import Any
 from engine_side import EngineSide
 from replays import in_process, read_load, through_triton, warm
 from served import VARIANTS, Prompts, Target, write_repository
-from streams import Workers, figures
+from streams import Workers, figures, middle, repeats
 
 from morph_client.server_process import EmbeddedServer, StartFailed
 
@@ -129,9 +129,11 @@ def _engine_job(job: Mapping[str, Any], target: Target, prompts: Prompts, engine
             mode = "off" if turn % 2 == 0 else "balanced"
             if job["kind"] == "pairs":
                 engine.set_mode(mode)
-            heard = engine.batch(prompts, size, prompt, output, 300.0)
-            row = figures([one.sent_s for one in heard], [one.arrivals for one in heard])
-            rows.append({**row, "mode": mode, "max_level": max(one.max_level for one in heard)})
+            found = []
+            for _ in range(repeats(size)):
+                heard = engine.batch(prompts, size, prompt, output, 300.0)
+                found.append(figures([one.sent_s for one in heard], [one.arrivals for one in heard]))
+            rows.append({**middle(found), "mode": mode, "max_level": max(one.max_level for one in heard)})
     return {"batches": rows}
 
 
@@ -146,7 +148,7 @@ def _triton_job(
         rows = []
         for size, prompt, output in job["batches"]:
             workers.batch(size, prompt, 8)
-            rows.append(figures(*workers.batch(size, prompt, output)))
+            rows.append(middle([figures(*workers.batch(size, prompt, output)) for _ in range(repeats(size))]))
         return {"batches": rows}
     finally:
         workers.close()
@@ -192,7 +194,7 @@ def row(job: Mapping[str, Any]) -> str:
         return f"{name}  FAILED: {found['failed'].strip().splitlines()[-1:] or ['no word']}"
     if "batches" in found:
         return "\n".join(
-            f"{name}  B={one['streams']:3} {one['tok_s']:9.1f} tok/s  ITL ms mean {one['itl_mean_ms']:.2f} p50 "
+            f"{name}  B={int(one['streams']):3} {one['tok_s']:9.1f} tok/s  ITL ms mean {one['itl_mean_ms']:.2f} p50 "
             f"{one['itl_p50_ms']:.2f} p99 {one['itl_p99_ms']:.2f} max {one['itl_max_ms']:.1f}  TTFT ms p50 "
             f"{one['ttft_p50_ms']:.1f} p99 {one['ttft_p99_ms']:.1f}  {one['tokens_per_chunk']:.2f} tokens a chunk "
             f"{one.get('mode', '')}"

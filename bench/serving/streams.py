@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -50,6 +51,16 @@ def figures(sent: Sequence[float], streams: Sequence[Arrivals]) -> dict[str, flo
         "itl_max_ms": max(gaps), "tokens_per_chunk": tokens / len(steps),
         "ttft_p50_ms": percentile(ttft, 50), "ttft_p99_ms": percentile(ttft, 99),
     }  # fmt: skip
+
+
+def repeats(size: int) -> int:
+    """How often a batch of so many streams is measured: a few of them say little about times to first token."""
+    return max(1, 10 // size)
+
+
+def middle(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The median of each figure."""
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
 
 
 class Workers:
