@@ -219,7 +219,7 @@ def main() -> None:
                                     "load_format": "dummy"},
         "memory": {"budget_gib": given.budget}, "cache": {"prefix": False},
         "scheduler": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
-        "morph": {"mode": "off", "ladder": given.ladder.split(",")},
+        "morph": {"mode": "off", "ladder": given.ladder.split(","), "costs": "off"},
     }  # fmt: skip
     for item in given.set:
         name, value = item.split("=", 1)

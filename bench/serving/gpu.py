@@ -70,7 +70,9 @@ def make_jobs(given: argparse.Namespace) -> list[dict[str, Any]]:
                 ]
             elif kind == "pairs":
                 first = [int(n) for n in given.batches.split(",")[0].split(":")]
-                jobs.append({**common, "side": "engine", "variant": "full", "batches": [first], "pairs": given.pairs})
+                jobs.append(
+                    {**common, "side": "engine", "variant": "balanced", "batches": [first], "pairs": given.pairs}
+                )
             else:
                 raise SystemExit(f"--jobs: {kind} is none of {', '.join([*REPLAYS, 'streams', 'pairs'])}")
     return jobs

@@ -22,9 +22,9 @@ from morph_runtime.text.tokenizer import Tokenizer  # noqa: E402
 
 LADDER = ("w8", "w4")
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
-    "full": {"mode": "off"},
-    "w8": {"pin": "w8"},
-    "w4": {"pin": "w4"},
+    "full": {"mode": "off", "costs": "off"},
+    "w8": {"pin": "w8", "costs": "off"},
+    "w4": {"pin": "w4", "costs": "off"},
     "accuracy": {"mode": "accuracy"},
     "balanced": {"mode": "balanced"},
     "performance": {"mode": "performance"},

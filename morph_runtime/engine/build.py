@@ -11,6 +11,7 @@ from importlib import import_module
 import torch
 
 from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_runtime.costs.start import find_costs
 from morph_runtime.engine.core import Engine, EngineParts
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import cpu_threads, engine_variables
@@ -22,6 +23,7 @@ from morph_runtime.kernels.kv_format import FORMATS, KVFormat
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
 from morph_runtime.memory.ledger import GIB, MIN_CONTEXT, Ledger, plan_memory
 from morph_runtime.morph.controller import Controller
+from morph_runtime.morph.levels import LevelPlan
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.swapper import LayerSwapper
@@ -32,8 +34,6 @@ from morph_runtime.weights.spec import ModelSpec
 
 CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
 """What a GPU needs besides PyTorch: distribution and top-level module."""
-
-Opener = Callable[[EngineConfig, torch.device], OpenModel]
 
 
 def _importable(module: str) -> bool:
@@ -56,30 +56,38 @@ def open_model(config: EngineConfig, device: torch.device) -> OpenModel:
     return open_pack(config, folder, device) if is_pack(folder) else open_checkpoint(config, folder, device)
 
 
-def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, opener: Opener = open_model) -> Engine:
+def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> Engine:
     """An engine that is ready to step.
 
     Args:
         config: validated settings.
         wake: called from another thread when a layer's bytes are ready.
-        opener: opens the model (benchmarks open one with random weights).
 
     Raises:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     with ExitStack() as undo:  # gives memory and threads back if it raises half-way
-        engine = _build(config, wake, opener, undo)
+        parts, plan = _assemble(config, wake, undo)
+        engine = Engine(replace(parts, costs=find_costs(parts, plan, resolve_model_folder(config.model.path))))
         undo.pop_all()
     return engine
 
 
-def _build(config: EngineConfig, wake: Callable[[], None], opener: Opener, undo: ExitStack) -> Engine:
+def build_parts(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineParts, LevelPlan]:
+    """The parts of an engine, without its costs, and its levels; arguments and errors as of `build_engine`."""
+    with ExitStack() as undo:
+        parts = _assemble(config, wake, undo)
+        undo.pop_all()
+    return parts
+
+
+def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -> tuple[EngineParts, LevelPlan]:
     for name, value in engine_variables(config).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
     folder = resolve_model_folder(config.model.path)
     device = open_device(config)
-    model = opener(config, device.torch_device)
+    model = open_model(config, device.torch_device)
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
     block_tokens = config.memory.block_tokens
     kv_format = FORMATS[config.memory.kv_dtype](slots.dtype)
@@ -120,28 +128,27 @@ def _build(config: EngineConfig, wake: Callable[[], None], opener: Opener, undo:
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
-    return Engine(
-        EngineParts(
-            config=config,
-            spec=spec,
-            dtype=slots.dtype,
-            kv_format=kv_format,
-            ledger=ledger,
-            capacities=capacities,
-            max_model_len=max_model_len,
-            arena=arena,
-            cache=cache,
-            pool=pool,
-            scheduler=scheduler,
-            swapper=swapper,
-            resizer=resizer,
-            shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
-            controller=Controller(config.morph, plan.max_level),
-            intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
-            runner=runner,
-            order=device.order,
-        )
+    parts = EngineParts(
+        config=config,
+        spec=spec,
+        dtype=slots.dtype,
+        kv_format=kv_format,
+        ledger=ledger,
+        capacities=capacities,
+        max_model_len=max_model_len,
+        arena=arena,
+        cache=cache,
+        pool=pool,
+        scheduler=scheduler,
+        swapper=swapper,
+        resizer=resizer,
+        shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
+        controller=Controller(config.morph, plan.max_level),
+        intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
+        runner=runner,
+        order=device.order,
     )
+    return parts, plan
 
 
 def open_device(config: EngineConfig) -> EngineDevice:
