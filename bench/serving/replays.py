@@ -18,7 +18,7 @@ from morph_client.aio_client import AsyncMorphClient
 from morph_client.sampler import Samples, sample_until
 from morph_client.server_process import EmbeddedServer
 from morph_client.stats import RequestRecord, summarise
-from morph_client.traces import Trace, TraceRequest, clip, cut_window, read_trace, speed_up
+from morph_client.traces import Trace, clip, cut_window, read_trace, speed_up
 
 SLO_S = 2.0
 RETURN_LIMIT_S = 15.0
@@ -49,7 +49,7 @@ def read_load(path: Path, load: Mapping[str, Any], max_model_len: int) -> Trace:
     outputs = [min(one.output_tokens, max_model_len // 4) for one in requests]
     longest = [max_model_len - output - 8 for output in outputs]
     fitted = [
-        TraceRequest(one.arrival_s, min(one.prompt_tokens, most), output)
+        replace(one, prompt_tokens=min(one.prompt_tokens, most), output_tokens=output)
         for one, most, output in zip(requests, longest, outputs, strict=True)
     ]
     return clip(replace(trace, requests=tuple(fitted)), None, None)
@@ -81,7 +81,7 @@ async def _replay(
     async with AsyncMorphClient(server.grpc_url, metrics_url=server.metrics_url, connections=4) as client:
         watcher = asyncio.create_task(sample_until(stop, samples, metrics_url=server.metrics_url, interval_s=SAMPLE_S))
         used = time.process_time()
-        records = await loadgen.run_load(client, plan, deadline_s=deadline_s)
+        records = await loadgen.run_load(client, plan, options=loadgen.LoadOptions(deadline_s=deadline_s))
         used = time.process_time() - used
         limit = time.monotonic() + RETURN_LIMIT_S
         while time.monotonic() < limit and (samples.latest is None or samples.latest.level):

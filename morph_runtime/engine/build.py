@@ -68,7 +68,14 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
     """
     with ExitStack() as undo:  # gives memory and threads back if it raises half-way
         parts, plan = _assemble(config, wake, undo)
-        engine = Engine(replace(parts, costs=find_costs(parts, plan, resolve_model_folder(config.model.path))))
+        if config.morph.pin:  # nothing is ever decided, so nothing needs to be predicted
+            engine = Engine(parts)
+            engine.set_level(plan.level_of(config.morph.pin))
+        else:
+            costs = find_costs(parts, plan, resolve_model_folder(config.model.path))
+            if costs is not None:
+                parts.controller.use_costs(costs, config.scheduler.max_num_batched_tokens)
+            engine = Engine(replace(parts, costs=costs))
         undo.pop_all()
     return engine
 
@@ -147,6 +154,7 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
         intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
         runner=runner,
         order=device.order,
+        gpu_used_share=device.memory_used_share,
     )
     return parts, plan
 
