@@ -17,7 +17,7 @@ from morph_client import loadgen
 from morph_client.aio_client import AsyncMorphClient
 from morph_client.sampler import Samples, sample_until
 from morph_client.server_process import EmbeddedServer
-from morph_client.stats import RequestRecord, summarise
+from morph_client.stats import RequestRecord, Targets, summarise
 from morph_client.traces import Trace, clip, cut_window, read_trace, speed_up
 
 SLO_S = 2.0
@@ -117,7 +117,7 @@ def in_process(engine: EngineSide, trace: Trace, prompts: Prompts, deadline_s: f
 
 
 def _figures(records: Sequence[RequestRecord]) -> dict[str, Any]:
-    summary = summarise(records, SLO_S)
+    summary = summarise(records, Targets(ttft_s=SLO_S))
     tokens = sum(one.output_tokens for one in records)
     return {
         **asdict(summary),
