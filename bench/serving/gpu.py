@@ -123,7 +123,7 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
 def _engine_job(job: Mapping[str, Any], target: Target, prompts: Prompts, engine: EngineSide) -> dict[str, Any]:
     if job["kind"] in REPLAYS:
         trace = read_load(Path(job["trace"]), job["load"], target.max_model_len)
-        return in_process(engine, trace, prompts, 600.0)
+        return in_process(engine, trace, prompts, 600.0, "pin" not in VARIANTS[job["variant"]])
     rows = []
     for size, prompt, output in job["batches"]:
         engine.batch(prompts, size, prompt, 8, 300.0)
@@ -144,7 +144,7 @@ def _triton_job(
 ) -> dict[str, Any]:
     if job["kind"] in REPLAYS:
         trace = read_load(Path(job["trace"]), job["load"], target.max_model_len)
-        return through_triton(server, trace, prompts, 600.0)
+        return through_triton(server, trace, prompts, 600.0, "pin" not in VARIANTS[job["variant"]])
     workers = Workers(job["clients"], server.grpc_url, target, folder)
     try:
         rows = []

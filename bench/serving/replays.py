@@ -55,11 +55,13 @@ def read_load(path: Path, load: Mapping[str, Any], max_model_len: int) -> Trace:
     return clip(replace(trace, requests=tuple(fitted)), None, None)
 
 
-def through_triton(server: EmbeddedServer, trace: Trace, prompts: Prompts, deadline_s: float) -> dict[str, Any]:
+def through_triton(
+    server: EmbeddedServer, trace: Trace, prompts: Prompts, deadline_s: float, returns: bool
+) -> dict[str, Any]:
     """Replay over gRPC streams, watch the metrics page, and wait for the way back to level 0."""
     samples = Samples()
     began = time.monotonic()
-    records, used_s = asyncio.run(_replay(server, trace, prompts, deadline_s, samples))
+    records, used_s = asyncio.run(_replay(server, trace, prompts, deadline_s, returns, samples))
     server.check_alive()
     states = [
         {
@@ -74,7 +76,7 @@ def through_triton(server: EmbeddedServer, trace: Trace, prompts: Prompts, deadl
 
 
 async def _replay(
-    server: EmbeddedServer, trace: Trace, prompts: Prompts, deadline_s: float, samples: Samples
+    server: EmbeddedServer, trace: Trace, prompts: Prompts, deadline_s: float, returns: bool, samples: Samples
 ) -> tuple[list[RequestRecord], float]:
     plan = loadgen.plan_requests(trace.requests, prompts.maker)
     stop = asyncio.Event()
@@ -83,7 +85,7 @@ async def _replay(
         used = time.process_time()
         records = await loadgen.run_load(client, plan, options=loadgen.LoadOptions(deadline_s=deadline_s))
         used = time.process_time() - used
-        limit = time.monotonic() + RETURN_LIMIT_S
+        limit = time.monotonic() + (RETURN_LIMIT_S if returns else 0.0)
         while time.monotonic() < limit and (samples.latest is None or samples.latest.level):
             await asyncio.sleep(SAMPLE_S)
         stop.set()
@@ -91,7 +93,7 @@ async def _replay(
     return records, used
 
 
-def in_process(engine: EngineSide, trace: Trace, prompts: Prompts, deadline_s: float) -> dict[str, Any]:
+def in_process(engine: EngineSide, trace: Trace, prompts: Prompts, deadline_s: float, returns: bool) -> dict[str, Any]:
     """Replay straight into the engine process."""
     plan = [
         (one.arrival_s, prompts.tokens(one.prompt_tokens, at), one.output_tokens)
@@ -100,7 +102,7 @@ def in_process(engine: EngineSide, trace: Trace, prompts: Prompts, deadline_s: f
     first = len(engine.states)
     start, heard = engine.run(plan, deadline_s)
     records = [one.record(index, start) for index, one in enumerate(heard)]
-    limit = time.monotonic() + RETURN_LIMIT_S
+    limit = time.monotonic() + (RETURN_LIMIT_S if returns else 0.0)
     while time.monotonic() < limit and engine.states[-1].level:
         time.sleep(SAMPLE_S)
     seen = engine.states[first:]
