@@ -19,6 +19,7 @@ from morph_runtime.slo import parse_classes
 
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
 RUNGS = ("w8", "w4")
 PINS = ("", "full", *RUNGS)
 KV_DTYPES = ("auto", "fp8", "int8")
@@ -40,6 +41,9 @@ class ModelSettings:
     rounded to nearest."""
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: bfloat16 on every device. float32 is meant for equality tests."""
+    load_format: str = "auto"
+    """`auto`: the folder's weights; `dummy`: seeded random ones in the shapes of its config.json, for benchmarks (the
+    name is vLLM's)."""
     max_model_len: int = 0
     """Tokens of prompt + output per request; 0: the model's limit, lowered to what base KV capacity holds."""
     verify_pack: bool = False
@@ -224,6 +228,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODEL": ("model", "path"),
     "MORPH_AWQ": ("model", "awq_path"),
     "MORPH_DTYPE": ("model", "dtype"),
+    "MORPH_LOAD_FORMAT": ("model", "load_format"),
     "MORPH_PACK_SOURCE": ("model", "pack_source"),
     "MORPH_MAX_MODEL_LEN": ("model", "max_model_len"),
     "MORPH_MEMORY_BUDGET_GIB": ("memory", "budget_gib"),
@@ -291,6 +296,7 @@ def validate(config: EngineConfig) -> None:
     parse_classes(config.morph.slo_classes, config.morph.ttft_slo_s, config.morph.tpot_slo_s)
     _one_of("morph.costs", config.morph.costs, COSTS)
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("model.load_format", config.model.load_format, LOAD_FORMATS)
     _one_of("overlap", config.overlap, OVERLAPS)
     _one_of("device", config.device, ("cpu", "cuda"))
     for rung in config.morph.ladder:
