@@ -3,8 +3,8 @@
     python tools/metrics_reference.py            writes it
     python tools/metrics_reference.py --check    status 1 if it is not up to date
 
-A metric is described where it is declared (`backend/morph_backend/metric_catalog.py`); panels, alerts and autoscalers are
-read from the files of `deploy/`. Needs PyYAML (the extra `dev`).
+A metric is described where it is declared (`backend/morph_backend/metric_catalog.py`); who uses it is read from
+dashboard, alerts and autoscalers in `deploy/`. Needs PyYAML (the extra `dev`).
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ All stand on Triton's own metrics endpoint, port 8002. Scrape every 2 s: 15 s hi
 * A histogram is three series: `..._bucket` with the label `le`, `..._sum` and `..._count`.
 * `REPORT_CUSTOM_METRICS` = `false` in `config.pbtxt`, or `disable_log_stats` in `model.json`, switches ours off.
 
-*Used by* names panels of the dashboard (`deploy/grafana`), **alerts** (`deploy/prometheus/alerts.yml`), the autoscalers of
-`deploy/kubernetes`, and `morph top`. What the alerts ask of you: [deploy.md](deploy.md#what-to-watch).
+*Used by* names panels of the dashboard (`deploy/grafana`), **alerts** (`deploy/prometheus/alerts.yml`), the autoscalers
+of `deploy/kubernetes`, and `morph top`. What the alerts ask of you: [deploy.md](deploy.md#what-to-watch).
 """
 
 SECTIONS = (
@@ -62,7 +62,7 @@ SECTIONS = (
     (
         "nv_trt_llm_",
         "For load balancers",
-        "The names are those of Triton's TensorRT-LLM backend, which Triton's ORCA headers and Kubernetes' Gateway API read.",
+        "Named as by Triton's TensorRT-LLM backend; Triton's ORCA headers and Kubernetes' Gateway API read them.",
     ),
 )
 NUDGES = """\
@@ -108,9 +108,9 @@ def _texts(root: Path) -> Iterator[tuple[str, str]]:
 
 def render(metrics: Mapping[str, MetricSpec], used: Mapping[str, list[str]]) -> str:
     """The document. Raises ValueError for a metric of Triton's that is asked for and not described here."""
-    unknown = {name for name in used if name.startswith("nv_") and name not in TRITONS and name not in metrics}
+    unknown = sorted(name for name in used if name.startswith("nv_") and name not in TRITONS and name not in metrics)
     if unknown:
-        raise ValueError(f"describe {', '.join(sorted(unknown))} in TRITONS of tools/metrics_reference.py")
+        raise ValueError(f"describe {', '.join(unknown)} in TRITONS of tools/metrics_reference.py")
     parts = [INTRO]
     for prefix, title, about in SECTIONS:
         rows = [_row(name, spec, used) for name, spec in metrics.items() if name.startswith(prefix)]
@@ -124,7 +124,7 @@ def render(metrics: Mapping[str, MetricSpec], used: Mapping[str, list[str]]) -> 
     parts.append(_table("Buckets", about, ("histogram", "bounds"), histograms))
     parts.append("## Nudges\n\n" + NUDGES)
     tritons = [
-        f"| `{name}` | {kind} | {unit} | {meaning} | {', '.join(used[name])} |"
+        f"| `{name}` | {kind} | {unit} | {meaning} | {' · '.join(used[name])} |"
         for name, (kind, unit, meaning) in TRITONS.items()
         if name in used
     ]
@@ -135,7 +135,7 @@ def render(metrics: Mapping[str, MetricSpec], used: Mapping[str, list[str]]) -> 
 
 def _row(name: str, spec: MetricSpec, used: Mapping[str, list[str]]) -> str:
     labels = "<br>".join(f"`{label}`: {values}" for label, values in spec.labels.items())
-    cells = (f"`{name}`", spec.kind, unit_of(name, spec), labels, spec.description, ", ".join(used.get(name, ())))
+    cells = (f"`{name}`", spec.kind, unit_of(name, spec), labels, spec.description, " · ".join(used.get(name, ())))
     return "| " + " | ".join(cells) + " |"
 
 

@@ -169,8 +169,7 @@ def catalog(max_model_len: int) -> Mapping[str, MetricSpec]:
         "morph_mode": MetricSpec(GAUGE, "1 for the mode in force.", unit="1", labels={"mode": _MODES}),
         "morph_queue_nudges_total": MetricSpec(
             COUNTER,
-            "Expired requests sent to keep Triton's queue moving; "
-            'each also counts as nv_inference_request_failure{reason="REJECTED"}.',
+            "Expired requests sent to keep Triton's queue moving; Triton books each as a failure with reason REJECTED.",
         ),
         "morph_execute_waiting": MetricSpec(
             GAUGE, "1 while a request waits in execute() for a credit.", unit="requests"
