@@ -12,6 +12,10 @@ from fastapi import FastAPI
 from morph_client.errors import BadInput
 from morph_client.openai.workers import Workers
 
+KEEP_ALIVE_S = 75
+"""How long an idle connection stays open. Longer than clients keep theirs (httpx: 5 s), or a request would sometimes
+meet a connection that is just being closed."""
+
 
 def serve(app: FastAPI, host: str, port: int, drain_s: int, workers: int = 1) -> None:
     """Serves on ``host:port`` until SIGINT or SIGTERM; open answers then get ``drain_s`` seconds to end.
@@ -31,7 +35,13 @@ def serve(app: FastAPI, host: str, port: int, drain_s: int, workers: int = 1) ->
 
 
 def _work(app: FastAPI, listening: socket.socket, drain_s: int) -> None:
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=drain_s)
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=drain_s,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
     # uvicorn sends itself the signal that ended it once more when all is done: it must find someone who ignores it.
     signal.signal(signal.SIGTERM, lambda _number, _frame: None)
     # Modules and the tokenizer stay: a collection that looks through them holds every stream up for some 50 ms.
