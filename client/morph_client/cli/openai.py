@@ -51,7 +51,7 @@ def openai(
     """Serve /v1/chat/completions, /v1/completions and /v1/models, until Ctrl-C. Without --model: no chat."""
     try:
         from morph_client.openai.app import Served, build_app
-        from morph_client.openai.server import serve
+        from morph_client.openai.server import listen, serve
         from morph_client.openai.workers import default_count
     except ImportError as error:
         missing = (error.name or "fastapi").partition(".")[0]
@@ -59,10 +59,11 @@ def openai(
             f"this needs {missing}, which is not installed: pip install 'morphserve[openai-server]'"
         ) from None
     template = _template(model, chat_template)
+    listening = listen(host, port)
     client = AsyncMorphClient(grpc_target(url), connections=connections)
     chat = "with chat" if template is not None else "without chat: no chat template was found"
     print(f"http://{host}:{port}/v1 for the model '{served_name}' at {client.url}, {chat}", file=sys.stderr, flush=True)
-    serve(build_app(client, Served(served_name, template)), host, port, drain_seconds, workers or default_count())
+    serve(build_app(client, Served(served_name, template)), listening, drain_seconds, workers or default_count())
 
 
 def _template(model: Path | None, chat_template: Path | None) -> ChatTemplate | None:

@@ -17,14 +17,12 @@ KEEP_ALIVE_S = 75
 meet a connection that is just being closed."""
 
 
-def serve(app: FastAPI, host: str, port: int, drain_s: int, workers: int = 1) -> None:
-    """Serves on ``host:port`` until SIGINT or SIGTERM; open answers then get ``drain_s`` seconds to end.
+def serve(app: FastAPI, listening: socket.socket, drain_s: int, workers: int = 1) -> None:
+    """Serves until SIGINT or SIGTERM, and closes ``listening``; open answers then get ``drain_s`` seconds to end.
 
     Raises:
-        BadInput: the address cannot be used.
         ServerError: one of several workers cannot start.
     """
-    listening = listen(host, port)
     try:
         if workers == 1:
             _work(app, listening, drain_s)
@@ -51,7 +49,11 @@ def _work(app: FastAPI, listening: socket.socket, drain_s: int) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket of our own: uvicorn tells of a port in use with a log line and leaves with a status of its own."""
+    """A socket of our own: uvicorn tells of a port in use with a log line and leaves with a status of its own.
+
+    Raises:
+        BadInput: the address cannot be used.
+    """
     try:
         # With the protocol named (6, not 0) asyncio sends small pieces at once; else each first token waits 40 ms.
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

@@ -16,6 +16,7 @@ from morph_client.errors import ServerError
 
 SHORTEST_LIFE_S = 5.0
 
+
 class Workers:
     """Starts ``count`` copies of this process, each of which calls ``work`` until it gets a SIGTERM.
 
