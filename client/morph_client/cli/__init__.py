@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -33,6 +33,7 @@ def build_app() -> typer.Typer:
     app.command("quantize", short_help="Make an AWQ checkpoint for the W4 rung.")(quantize.quantize)
     app.command("pack", short_help="Prepare a model once, so that servers start fast.")(pack.pack)
     app.command("quality", short_help="Measure what each level costs in quality.")(quality.quality)
+    app.command("costs", short_help="Show what steps and shifts cost on this machine.")(costs.costs)
     app.command("profile", short_help="Find the order in which layers go down.")(profile.profile)
     return app
 
