@@ -3,8 +3,8 @@
     python bench/openai/overhead.py --url localhost:8001 --openai-url http://localhost:9000 --out result.json
 
 Both servers must be running. Both ways are asked from this one process, so its own work counts in both. With
-`--endpoint-pid` the processor time of the endpoint (its workers included) is read too: other work on the machine changes
-that least of all.
+`--endpoint-pid` the processor time of the endpoint, its workers included, is read too: other work on the machine
+changes that least of all.
 """
 
 from __future__ import annotations
