@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from morph_backend.launcher.ensembles import ensembles_over, warning
 from morph_backend.launcher.launch_settings import launch_settings
 from morph_backend.launcher.run_folder import RunFolder, sweep_stale
 from morph_backend.launcher.triton_files import check_python, find_installed, find_triton
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"{config.model.path} can be served, mode {config.morph.mode}: {check_engine(config)}.")
             return 0
+        if said := warning(ensembles_over(repository)):
+            print(said, file=sys.stderr)
         return Supervisor(settings, files, run, repository, config).run()
     except ConfigError as error:
         print(with_variables(str(error)), file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from morph_backend.launcher.ensembles import ensembles_over, warning
 from morph_backend.launcher.launch_settings import check_names, launch_settings
 from morph_backend.launcher.preflight import check_port
 from morph_backend.launcher.processes import end_processes, processes_of
@@ -82,6 +83,20 @@ def test_triton_is_found_without_importing_it() -> None:
             find_triton()
         return
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_ensemble_over_the_model_is_told_of(tmp_path: Path) -> None:
+    for name, text in {
+        "front": 'platform: "ensemble"\nensemble_scheduling { step [ { model_name: "morph" model_version: -1 } ] }',
+        "other": 'platform: "ensemble"\nensemble_scheduling { step [ { model_name: "morphology" } ] }',
+        "quiet": 'ensemble_scheduling { step [ # { model_name: "morph" }\n ] }',
+        "morph": 'name: "morph"\nbackend: "python"',
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.pbtxt").write_text(text)
+    assert ensembles_over(tmp_path) == ["front"]
+    assert warning(["front"]).startswith("warning: the ensemble 'front' has the model 'morph' as a step")
+    assert warning([]) == ""
 
 
 def test_a_port_in_use_names_the_variable() -> None:
