@@ -34,7 +34,7 @@ def test_what_is_exported_is_what_the_reference_describes(server: TritonServer) 
             name: (kinds[name], helps[name], series.get(name) or series.get(f"{name}_count") or set()) for name in own
         }
 
-    until(lambda: ours().keys() >= described.keys(), 5.0, "the metrics of the catalog")
+    until(lambda: ours().keys() >= described.keys(), what="the metrics of the catalog")
     assert ours() == described
 
 
@@ -48,7 +48,7 @@ def settle(server: TritonServer) -> None:
 
     until(lambda: server.metric("vllm:num_requests_running") == 0)
     seen: list[tuple[float, list[str]]] = []
-    until(lambda: (seen.append((time.monotonic(), counted())), steady(seen))[1], 10.0, "steady counts")
+    until(lambda: (seen.append((time.monotonic(), counted())), steady(seen))[1], what="steady counts")
 
 
 def steady(seen: list[tuple[float, list[str]]]) -> bool:
@@ -68,7 +68,7 @@ def test_the_counts_are_exact(server: TritonServer) -> None:
     done = server.metric("morph_requests_total", outcome="length")
     for _ in range(3):
         body = generate(server, "hello world", max_tokens=10, return_num_input_tokens=True)
-    until(lambda: server.metric("morph_requests_total", outcome="length") == done + 3, 3.0)
+    until(lambda: server.metric("morph_requests_total", outcome="length") == done + 3)
     settle(server)
     prompt = int(body["num_input_tokens"])
     gained = {name: server.metric(name) - before[name] for name in names}

@@ -217,7 +217,7 @@ def test_the_watch_publishes_over_one_connection(endpoint: http.server.Threading
 
     watch = QueueWatch(("127.0.0.1", endpoint.server_address[1]), ("morph", "1"), 0.01, lambda: 1, publish)
     watch.start()
-    assert enough.wait(5)
+    assert enough.wait(60)
     watch.close()
     assert {s.pending for s in signals} == {8}
     assert len(Endpoint.connections) == 1

@@ -33,19 +33,24 @@ async def test_every_planned_request_gets_a_record_in_order(triton: FakeTriton) 
 async def test_requests_go_out_when_due_though_earlier_ones_hang(triton: FakeTriton) -> None:
     plan = [Planned(0.0, "hang", 1, 1), Planned(0.1, "word", 1, 1), Planned(0.2, "word", 1, 1)]
     async with AsyncMorphClient(triton.url) as client:
-        records = await run_load(client, plan, deadline_s=2.0)
+        running = asyncio.create_task(run_load(client, plan))
+        for _ in plan:
+            assert await asyncio.to_thread(triton.service.arrived.acquire, timeout=60)
+        for hanging in triton.service.hanging:
+            hanging.set()
+        records = await running
     assert records[0].error is not None and records[1].error is None
-    assert all(r.sent_s - r.due_s < 1.5 and r.sent_s >= r.due_s for r in records)
+    assert all(r.sent_s >= r.due_s for r in records)
 
 
 async def test_cancelling_a_run_cancels_its_requests_on_the_server(triton: FakeTriton) -> None:
     async with AsyncMorphClient(triton.url) as client:
         task = asyncio.create_task(run_load(client, [Planned(0, "hang", 1, 1), Planned(60, "x", 1, 1)]))
-        await asyncio.wait([task], timeout=0.3)
+        assert await asyncio.to_thread(triton.service.arrived.acquire, timeout=60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(triton.service.cancelled.acquire, timeout=5)
+        assert await asyncio.to_thread(triton.service.cancelled.acquire, timeout=60)
 
 
 async def test_output_length_is_forced(triton: FakeTriton) -> None:
