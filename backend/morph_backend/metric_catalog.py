@@ -167,6 +167,32 @@ def catalog(max_model_len: int) -> Mapping[str, MetricSpec]:
             GAUGE, "Unix time of the engine's last message, or now while it is restarted."
         ),
         "morph_mode": MetricSpec(GAUGE, "1 for the mode in force.", unit="1", labels={"mode": _MODES}),
+        "morph_cap": MetricSpec(
+            GAUGE, "Share of the levels that may be used, besides the mode's own limit.", unit="share, 0 to 1"
+        ),
+        "morph_slo_feasible": MetricSpec(
+            GAUGE, "0 while no level that may be used is forecast to meet the SLOs.", unit="1"
+        ),
+        "morph_signal_ok": MetricSpec(
+            GAUGE,
+            "1 while an input of the controller is there and fresh.",
+            unit="1",
+            labels={"signal": "`queue` (Triton's metrics), `costs` (the cost model)"},
+        ),
+        "morph_estimate_error": MetricSpec(
+            GAUGE,
+            "Mean error of estimates about Triton's queue.",
+            unit="share; seconds for `queue_age`",
+            labels={"what": "`prompt`, `output` (lengths), `queue_age`"},
+        ),
+        "morph_computed_tokens_total": MetricSpec(
+            COUNTER,
+            "Tokens computed, counted when their request is over.",
+            labels={"kv": "`clean` (nothing below full precision went into them, KV included), `degraded`"},
+        ),
+        "morph_gpu_memory_used_ratio": MetricSpec(
+            GAUGE, "Share of the GPU's memory in use, as NVML shows it; 0 without a GPU.", unit="share, 0 to 1"
+        ),
         "morph_queue_nudges_total": MetricSpec(
             COUNTER,
             "Expired requests sent to keep Triton's queue moving; Triton books each as a failure with reason REJECTED.",

@@ -7,7 +7,23 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import (
+    chat,
+    compare,
+    costs,
+    demo,
+    generate,
+    mode,
+    openai,
+    pack,
+    profile,
+    quality,
+    quantize,
+    replay,
+    serve,
+    top,
+    traces,
+)
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -28,7 +44,10 @@ def build_app() -> typer.Typer:
     app.command("chat", short_help="Talk with the model.")(chat.chat)
     app.command("openai", short_help="Offer OpenAI's HTTP interface for a running server.")(openai.openai)
     app.command("top", short_help="Watch precision, KV cache, queue and latency.")(top.top)
+    app.command("mode", short_help="Show or change mode and cap of a running server.")(mode.mode)
     app.command("replay", short_help="Send a trace's requests when they are due.")(replay.replay)
+    app.command("compare", short_help="Compare settings of the server on one trace.")(compare.compare)
+    app.add_typer(traces.traces, name="traces", short_help="Make and look at traces.")
     app.command("demo", short_help="Show what morphing does to a burst.")(demo.demo)
     app.command("quantize", short_help="Make an AWQ checkpoint for the W4 rung.")(quantize.quantize)
     app.command("pack", short_help="Prepare a model once, so that servers start fast.")(pack.pack)
