@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -284,7 +285,7 @@ def validate(config: EngineConfig) -> None:
     ]
     for name, value, low, high in limits:
         if not (math.isfinite(value) and low <= value <= high):
-            raise ConfigError(f"{name} must be between {low:g} and {high:g}, but is {value}.")
+            raise ConfigError(f"{name} must be between {low:.15g} and {high:.15g}, but is {value}.")
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise ConfigError(
             f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
@@ -313,6 +314,16 @@ def validate(config: EngineConfig) -> None:
         )
     if config.model.awq_path and "w4" not in config.morph.ladder:
         raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
+
+
+def with_variables(sentence: str) -> str:
+    """An error's sentence, with the environment's name beside the field that it is about: who reads it has set that."""
+    for variable, (section, key) in ENVIRONMENT.items():
+        name = f"{section}.{key}" if section else key
+        place = rf"(?<![\w.]){re.escape(name)}(?![\w.])" if section else rf"^{name}\b"
+        if variable not in sentence:
+            sentence = re.sub(place, f"{name} ({variable})", sentence, count=1)
+    return sentence
 
 
 def log_level(env: Mapping[str, str]) -> str:

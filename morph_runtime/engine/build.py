@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -34,6 +34,19 @@ from morph_runtime.weights.spec import ModelSpec
 
 CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
 """What a GPU needs besides PyTorch: distribution and top-level module."""
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine before any memory is taken; on a GPU `ledger` is a first estimate, measured anew when all is built."""
+
+    device: EngineDevice
+    model: OpenModel
+    kv_format: KVFormat
+    layout: KVLayout
+    ledger: Ledger
+    max_model_len: int
+    """Tokens, prompt and output."""
 
 
 def _importable(module: str) -> bool:
@@ -93,15 +106,11 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
     folder = resolve_model_folder(config.model.path)
-    device = open_device(config)
-    model = open_model(config, device.torch_device)
+    planned = plan_engine(config)
+    device, model, kv_format, layout = planned.device, planned.model, planned.kv_format, planned.layout
+    ledger, max_model_len = planned.ledger, planned.max_model_len
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
     block_tokens = config.memory.block_tokens
-    kv_format = FORMATS[config.memory.kv_dtype](slots.dtype)
-    layout = _kv_layout(config, spec, kv_format, device)
-
-    ledger = _cut_budget(config, model, layout, kv_format, device)
-    max_model_len = _max_model_len(config, spec, ledger.kv_blocks_at_level(0) * block_tokens)
     arena = device.arena(ledger, config)
     undo.callback(arena.close)
     static_range = arena.reserve("static", static.static_bytes)
@@ -157,6 +166,29 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
         gpu_used_share=device.memory_used_share,
     )
     return parts, plan
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """What an engine would be made of: the model is opened and the budget cut, but no memory taken.
+
+    Raises:
+        ConfigError: the model, the device or the budget does not fit; one sentence for the user.
+    """
+    device = open_device(config)
+    model = open_model(config, device.torch_device)
+    check_context(config, model.spec)
+    kv_format = FORMATS[config.memory.kv_dtype](model.slots.dtype)
+    layout = _kv_layout(config, model.spec, kv_format, device)
+    ledger = _cut_budget(config, model, layout, kv_format, device)
+    max_model_len = _max_model_len(config, model.spec, ledger.kv_blocks_at_level(0) * config.memory.block_tokens)
+    return EnginePlan(device, model, kv_format, layout, ledger, max_model_len)
+
+
+def check_context(config: EngineConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError if a longer context is asked for than the model has."""
+    asked = config.model.max_model_len
+    if asked > spec.max_positions:
+        raise ConfigError(f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens.")
 
 
 def open_device(config: EngineConfig) -> EngineDevice:
@@ -227,11 +259,9 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec, base_tokens: int) -> i
     """Tokens per request: what was asked for or the model's limit, within base KV capacity.
 
     Raises:
-        ConfigError: more was asked for than the model or the base KV capacity holds.
+        ConfigError: more was asked for than the base KV capacity holds.
     """
     asked = config.model.max_model_len
-    if asked > spec.max_positions:
-        raise ConfigError(f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens.")
     if asked > base_tokens:
         raise ConfigError(
             f"model.max_model_len is {asked}, but the KV cache at full precision holds {base_tokens} tokens: "
