@@ -259,7 +259,7 @@ def validate(config: EngineConfig) -> None:
         ("stats_interval_s", config.stats_interval_s, 1e-3, 60),
     ]
     for name, value, low, high in limits:
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # NaN is in no range
             raise ConfigError(f"{name} must be between {low:g} and {high:g}, but is {value}.")
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise ConfigError(
@@ -347,7 +347,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
     if is_dataclass(kind):
         return _build(kind, value, name + ".")
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # JSON's whole numbers have no limit
+            return math.inf if value > 0 else -math.inf
     if kind in (int, str, bool) and type(value) is kind:
         return value
     if kind == tuple[str, ...] and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):

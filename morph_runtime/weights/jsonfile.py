@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,9 @@ class Fields:
         value = self._values.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= low:
+        known = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # By comparison: a whole number of JSON may have more digits than a float can hold, and NaN compares as False.
+        if not known or not low < value <= sys.float_info.max:
             raise ConfigError(f"{self._where}: '{name}' must be a number above {low:g}, but is {value!r}.")
         return float(value)
 
