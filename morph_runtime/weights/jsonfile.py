@@ -65,11 +65,10 @@ class Fields:
         value = self._values.get(name)
         if value is None and default is not None:
             return default
-        known = isinstance(value, (int, float)) and not isinstance(value, bool)
         # By comparison: a whole number of JSON may have more digits than a float can hold, and NaN compares as False.
-        if not known or not low < value <= sys.float_info.max:
-            raise ConfigError(f"{self._where}: '{name}' must be a number above {low:g}, but is {value!r}.")
-        return float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and low < value <= sys.float_info.max:
+            return float(value)
+        raise ConfigError(f"{self._where}: '{name}' must be a number above {low:g}, but is {value!r}.")
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false.
