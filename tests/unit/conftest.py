@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
@@ -14,6 +15,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Several threads for operations of microseconds wait for each other: on two busy cores they take ten times as long as
 # one. Set before anything imports torch, and inherited by the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
+
+# What runs in the background of a shell ignores Ctrl-C, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # In CI Hypothesis draws the same examples each time (its own profile for CI); how long one takes never counts.
 settings.register_profile("house", settings(deadline=None, suppress_health_check=[HealthCheck.too_slow]))
