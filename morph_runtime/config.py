@@ -7,15 +7,15 @@ Sources, later ones win: the defaults here, `model.json` of the Triton model, th
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from morph_runtime.errors import ConfigError
+from morph_runtime.settings_tree import as_plain, build, kind_name, parse
 from morph_runtime.slo import parse_classes
 
 MODES = ("accuracy", "balanced", "performance", "off")
@@ -28,7 +28,6 @@ REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
 COSTS = ("auto", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -186,7 +185,7 @@ class EngineConfig:
 
     def to_json(self) -> str:
         """The tree as JSON; `from_mapping(json.loads(...))` gives it back."""
-        return json.dumps(_as_plain(self))
+        return json.dumps(as_plain(self))
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
@@ -195,7 +194,7 @@ class EngineConfig:
         Raises:
             ConfigError: an unknown key, a wrong type, or a value out of range; the text names the field.
         """
-        config = _build(EngineConfig, values, "")
+        config = build(EngineConfig, values, "")
         assert isinstance(config, EngineConfig)
         validate(config)
         return config
@@ -215,9 +214,9 @@ class EngineConfig:
             section = getattr(config, group) if group else config
             kind = get_type_hints(type(section))[key]
             try:
-                value = _parse(kind, text)
+                value = parse(kind, text)
             except ValueError:
-                raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {text!r}.") from None
+                raise ConfigError(f"{name} must be {kind_name(kind)}, but is {text!r}.") from None
             changed: dict[str, Any] = {key: value}
             config = replace(config, **({group: replace(section, **changed)} if group else changed))
         validate(config)
@@ -284,7 +283,7 @@ def validate(config: EngineConfig) -> None:
         ("stats_interval_s", config.stats_interval_s, 1e-3, 60),
     ]
     for name, value, low, high in limits:
-        if not (math.isfinite(value) and low <= value <= high):
+        if not low <= value <= high:  # NaN is in no range
             raise ConfigError(f"{name} must be between {low:.15g} and {high:.15g}, but is {value}.")
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise ConfigError(
@@ -357,48 +356,3 @@ def resolve_model_folder(path: str) -> Path:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
-
-
-def _kind_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(kind, "a comma-separated list")
-
-
-def _parse(kind: Any, text: str) -> Any:
-    """The value that an environment variable spells; raises ValueError."""
-    if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError(text)
-        return BOOLEANS[text.lower()]
-    return kind(text) if kind in (int, float, str) else tuple(filter(None, text.split(",")))
-
-
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'The configuration'} must be an object with named fields.")
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"Unknown setting '{prefix}{key}'; known are: {', '.join(sorted(known))}.")
-        arguments[key] = _convert(hints[key], value, prefix + key)
-    return cls(**arguments)
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    if is_dataclass(kind):
-        return _build(kind, value, name + ".")
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    if kind == tuple[str, ...] and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {value!r}.")
-
-
-def _as_plain(node: Any) -> Any:
-    if is_dataclass(node):
-        return {f.name: _as_plain(getattr(node, f.name)) for f in fields(node)}
-    return list(node) if isinstance(node, tuple) else node

@@ -38,7 +38,7 @@ def served(make_sender: Any, request: Any, key: str = KEY, classes: tuple[str, .
     service.attach(engine, engine.start())
     sender = make_sender()
     service.handle(sender, functools.partial(read_request, request))
-    assert sender.done.wait(10) and sender.finals == 1
+    assert sender.done.wait(60) and sender.finals == 1
     service.close()
     return sender, engine
 
