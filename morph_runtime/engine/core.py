@@ -327,6 +327,7 @@ class Engine:
             ladder=list(parts.config.morph.ladder),
             budget_bytes=parts.ledger.budget_bytes,
             start_s=start_s,
+            pin=parts.config.morph.pin,
         )
 
     def stats(self) -> EngineStats:
@@ -340,7 +341,7 @@ class Engine:
         return EngineStats(
             at_s=time.monotonic(),
             level=self.level,
-            mode=parts.controller.mode,
+            mode="off" if parts.config.morph.pin else parts.controller.mode,
             layer_bits=[RUNG_BITS[r] for r in parts.swapper.rungs],
             kv_blocks_capacity=parts.pool.capacity,
             kv_blocks_used=parts.pool.num_used,
