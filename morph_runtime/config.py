@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from morph_runtime.errors import ConfigError
+from morph_runtime.slo import parse_classes
 
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
@@ -108,6 +109,13 @@ class MorphSettings:
     numbers (a permutation), or an order file of `morph profile` (its order for the ladder's deepest rung)."""
     ttft_slo_s: float = 2.0
     """Seconds from arrival to first token that the controller tries to hold."""
+    tpot_slo_s: float = 0.0
+    """Seconds per token after the first that it tries to hold; 0: none."""
+    slo_classes: tuple[str, ...] = ()
+    """Targets of requests that name a class (`slo_class`): entries `name=ttft` or `name=ttft/tpot` in seconds, such as
+    `interactive=2/0.1`, `batch=30`. Once there are any, a request that names another class is refused."""
+    max_level_share: float = 1.0
+    """Share of the levels that may be used, 0 to 1: a cap on degradation beside the mode's own."""
     interval_s: float = 0.05
     """Seconds between decisions."""
     depth: int = 16
@@ -219,6 +227,9 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
     "MORPH_TTFT_SLO_S": ("morph", "ttft_slo_s"),
+    "MORPH_TPOT_SLO_S": ("morph", "tpot_slo_s"),
+    "MORPH_SLO_CLASSES": ("morph", "slo_classes"),
+    "MORPH_MAX_LEVEL_SHARE": ("morph", "max_level_share"),
     "MORPH_THREADS": ("kernels", "threads"),
 }
 
@@ -241,6 +252,8 @@ def validate(config: EngineConfig) -> None:
         ("scheduler.line", config.scheduler.line, 1, 65536),
         ("scheduler.grammar_cache", config.scheduler.grammar_cache, 0, 65536),
         ("morph.ttft_slo_s", config.morph.ttft_slo_s, 1e-3, 3600),
+        ("morph.tpot_slo_s", config.morph.tpot_slo_s, 0, 3600),
+        ("morph.max_level_share", config.morph.max_level_share, 0, 1),
         ("morph.interval_s", config.morph.interval_s, 1e-3, 60),
         ("morph.depth", config.morph.depth, 1, 1024),
         ("morph.dwell_s", config.morph.dwell_s, 0, 3600),
@@ -259,6 +272,7 @@ def validate(config: EngineConfig) -> None:
     _one_of("memory.kv_dtype", config.memory.kv_dtype, KV_DTYPES)
     _one_of("cache.reuse", config.cache.reuse, REUSES)
     _one_of("morph.mode", config.morph.mode, MODES)
+    parse_classes(config.morph.slo_classes, config.morph.ttft_slo_s, config.morph.tpot_slo_s)
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("overlap", config.overlap, OVERLAPS)
     _one_of("device", config.device, ("cpu", "cuda"))

@@ -122,10 +122,11 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
             swapper=swapper,
             resizer=resizer,
             shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
-            controller=Controller(config.morph, plan.max_level),
+            controller=Controller(config.morph, plan.max_level, None, config.scheduler.max_num_batched_tokens),
             intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
             runner=runner,
             order=device.order,
+            gpu_used_share=device.memory_used_share,
         )
     )
 

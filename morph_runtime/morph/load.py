@@ -86,12 +86,10 @@ class Outer:
     Attributes:
         pending: requests in it.
         oldest_s: estimated age of the oldest of them; 0 without any.
-        arrivals_per_s: requests that have come to it per second, over its last readings.
     """
 
     pending: int
     oldest_s: float = 0.0
-    arrivals_per_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,7 @@ class Typical:
         output: tokens that it will generate.
         blocks: blocks that it holds at its end besides shared ones.
         residence_s: how long it holds them.
+        slo_shares: float64 [classes], how likely it is of each class; empty: of class 0.
     """
 
     prompt: float = 1.0
@@ -111,6 +110,7 @@ class Typical:
     output: float = 1.0
     blocks: float = 1.0
     residence_s: float = 0.0
+    slo_shares: Floats = field(default_factory=_floats)
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,9 @@ class Load:
         block_tokens: tokens per KV block.
         max_running: requests that may hold blocks at the same time.
         max_batched_tokens: tokens of one step.
-        arrivals_per_s: requests per second of the last seconds, as a steady mean; the outer queue's figure if it is
-            known, else what came to the engine.
+        arrivals_per_s: requests per second over the last few seconds; the outer queue's figure if it is known, else
+            what came to the engine.
+        mean_arrivals_per_s: the same over a longer time, to which a burst is expected to return.
         outer: None when the outer queue's signal is missing or stale.
         preemptions: total since start.
         ttft_s: mean TTFT of the last seconds; 0 without any.
@@ -147,6 +148,7 @@ class Load:
     waiting: Waiting = field(default_factory=Waiting)
     typical: Typical = field(default_factory=Typical)
     arrivals_per_s: float = 0.0
+    mean_arrivals_per_s: float = 0.0
     outer: Outer | None = None
     preemptions: int = 0
     ttft_s: float = 0.0
@@ -167,16 +169,49 @@ class Load:
     def growth(self) -> float:
         """Blocks that the running requests are expected to take yet."""
         running = self.running
-        held = -(-running.context // self.block_tokens)
-        ends = np.ceil((running.context + running.uncomputed + running.output) / self.block_tokens)
-        return float(np.maximum(ends - np.maximum(held, 1), 0.0).sum())
+        known = running.context + running.uncomputed
+        return float((self._blocks(known + running.output) - self._blocks(known)).sum())
 
     @property
     def waiting_blocks(self) -> float:
         """Blocks that the engine's line will take to its end."""
-        return float((self.waiting.blocks + self.waiting.output // self.block_tokens).sum())
+        waiting = self.waiting
+        grown = self._blocks(waiting.tokens + waiting.output) - self._blocks(waiting.tokens)
+        return float((waiting.blocks + grown).sum())
+
+    def _blocks(self, tokens: Floats | Ints) -> Floats:
+        result: Floats = np.ceil(tokens / self.block_tokens)
+        return result
 
     @property
     def demand(self) -> float:
         """Blocks that would be live if everything that waits were admitted now and went to its end."""
         return self.used + self.growth + self.waiting_blocks + self.pending * self.typical.blocks
+
+    def as_inputs(self) -> dict[str, float]:
+        """For the decision log."""
+        running = self.running
+        return {
+            "capacity": float(self.capacities[self.level]),
+            "base": float(self.capacities[0]),
+            "used": float(self.used),
+            "growth": round(self.growth),
+            "running": float(len(running)),
+            "prefill_tokens": float(running.uncomputed[running.uncomputed > 1].sum()),
+            "waiting": float(len(self.waiting)),
+            "waiting_blocks": float(self.waiting_blocks),
+            "waiting_tokens": float((self.waiting.tokens - self.waiting.cached).sum()),
+            "pending": -1.0 if self.outer is None else float(self.outer.pending),
+            "oldest_s": -1.0 if self.outer is None else round(self.outer.oldest_s, 3),
+            "arrivals_per_s": round(self.arrivals_per_s, 3),
+            "mean_arrivals_per_s": round(self.mean_arrivals_per_s, 3),
+            "typical_prompt": round(self.typical.prompt, 1),
+            "typical_output": round(self.typical.output, 1),
+            "request_blocks": round(self.typical.blocks, 2),
+            "residence_s": round(self.typical.residence_s, 3),
+            "demand": round(self.demand, 1),
+            "preemptions": float(self.preemptions),
+            "ttft_s": round(self.ttft_s, 3),
+            "step_s": round(self.step_s, 4),
+            "gpu_used_share": round(self.gpu_used_share, 3),
+        }

@@ -90,7 +90,7 @@ class FakeEngine:
     def publish_queue(self, signal: QueueSignal) -> None:
         self.signals.append(signal)
 
-    def set_mode(self, mode: str) -> None:
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None:
         pass
 
     @property

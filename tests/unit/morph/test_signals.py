@@ -5,8 +5,9 @@ from __future__ import annotations
 from morph_runtime.config import CacheSettings, SchedulerSettings
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.kv import BlockPool
-from morph_runtime.morph.controller import expected_wait_s
-from morph_runtime.morph.signals import LoadStatistics, Signals
+from morph_runtime.morph.capacity_rule import expected_wait_s
+from morph_runtime.morph.load import Load
+from morph_runtime.morph.signals import LoadReader
 from morph_runtime.scheduler import PrefixCache, Request, Scheduler
 
 BLOCK_TOKENS = 4
@@ -28,23 +29,28 @@ def busy_scheduler() -> Scheduler:
     return scheduler
 
 
-def read(statistics: LoadStatistics, scheduler: Scheduler, now_s: float) -> Signals:
-    return statistics.read(now_s, 0, (12, 24), 12, 8, scheduler, None)
+def make_reader() -> LoadReader:
+    return LoadReader((12, 24), 8, 512, BLOCK_TOKENS)
+
+
+def read(reader: LoadReader, scheduler: Scheduler, now_s: float) -> Load:
+    return reader.read(now_s, 0, 12, scheduler, None, 2.0)
 
 
 def test_before_anything_has_ended_the_age_of_what_runs_stands_for_the_residence() -> None:
-    scheduler = busy_scheduler()
-    signals = read(LoadStatistics(), scheduler, now_s=15.0)
-    assert signals.waiting > 0
-    assert signals.residence_s == 5.0
-    assert expected_wait_s(signals, 0) > expected_wait_s(signals, 1)
+    load = read(make_reader(), busy_scheduler(), now_s=15.0)
+    assert len(load.waiting) > 0
+    assert load.typical.residence_s == 5.0
+    assert expected_wait_s(load, 0) > expected_wait_s(load, 1)
 
 
 def test_a_request_that_was_ended_from_outside_counts_with_its_own_length() -> None:
     scheduler = busy_scheduler()
-    statistics = LoadStatistics()
-    assert statistics.expected_tokens(scheduler.running[0]) == 40
+    reader = make_reader()
+    before = read(reader, scheduler, 13.0).running
+    assert (before.context + before.uncomputed + before.output == 40).all()
     ended = scheduler.cancel(0)
     assert ended is not None and ended.output_len > 0
-    statistics.finished(ended, now_s=13.0)
-    assert statistics.expected_tokens(scheduler.running[0]) < 30
+    reader.finished(ended, now_s=13.0)
+    after = read(reader, scheduler, 13.0).running
+    assert (after.context + after.uncomputed + after.output < 30).all()

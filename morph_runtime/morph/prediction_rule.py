@@ -1,0 +1,142 @@
+"""The rule with a cost model: the least degradation whose forecast meets the SLOs.
+
+Down: if the present level is not forecast to meet them, the mildest one that is. If none is, the mildest one that has
+nearly all of what can be gained, and none at all if nothing can. Up: a milder level must be forecast to meet them
+with a margin, for more requests than come, throughout a dwell time, and live KV must fit it. A step down soon after a
+step up was a mistake: the margin grows with each, and shrinks with time.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from morph_runtime.config import MorphSettings
+from morph_runtime.engine.messages import Considered
+from morph_runtime.morph.forecast import Forecast, Forecaster, Futures
+from morph_runtime.morph.load import Floats, Load
+from morph_runtime.morph.modes import Choice, ModeTargets
+
+MET = 0.002
+"""A score up to this counts as meeting the SLOs."""
+LEAST_GAIN = 0.1
+"""Share of the score that a step must take away to be worth it."""
+NO_LOSS = 0.02
+"""Share by which the score may grow where degradation does not help and is taken back."""
+CALM_S = 0.25
+"""Between forecasts at level 0 while nothing waits outside the engine."""
+REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
+"""A down-shift within REGRET_S of an up-shift adds CAUTION to the factor on arrivals; it fades over FORGET_S."""
+PART_WAY = 3.0
+"""Dwell times for an up-shift that does not reach level 0."""
+
+
+class PredictionRule:
+    """Pure but for its memory: the same readings give the same choices."""
+
+    def __init__(self, settings: MorphSettings, forecaster: Forecaster) -> None:
+        self._settings = settings
+        self._forecaster = forecaster
+        self._late_since: float | None = None
+        self._unfit_s = np.full(forecaster.costs.max_level + 1, -math.inf)
+        """When each level was last not fit to be gone back to."""
+        self._last_up_s = -math.inf
+        self._caution = 0.0
+        self._caution_s = 0.0
+        self._calm_until_s = -math.inf
+
+    def choose(self, load: Load, mode: ModeTargets, deepest: int) -> Choice:
+        """The level to go to; none deeper than `deepest`, and the present one is not."""
+        calm = load.level == 0 and load.pending == 0 and load.head_fits and self._late_since is None
+        if calm and load.now_s < self._calm_until_s:
+            return Choice(0, "slo_met", held=True)
+        self._calm_until_s = load.now_s + CALM_S
+        here, back = self._forecasts(load, mode, deepest)
+        choice = self._weigh(load, mode, deepest, here, back)
+        if choice.target > load.level:
+            if load.now_s - self._last_up_s < REGRET_S:
+                self._caution = min(MOST_CAUTION, self._faded(load.now_s) + CAUTION)
+                self._caution_s = load.now_s
+            self._unfit_s[:] = load.now_s
+        elif choice.target < load.level:
+            self._last_up_s = load.now_s
+        return choice
+
+    def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> tuple[Forecast, Forecast | None]:
+        """What comes of each level as things are, and, unless at level 0, what comes of it on the safe side."""
+        levels = np.arange(deepest + 1)
+        count = len(levels)
+        if load.level == 0:
+            plain = Futures(levels, np.ones(count), np.zeros(count, dtype=np.bool_), np.full(count, mode.bound))
+            return self._forecaster.forecast(load, plain), None
+        more = mode.up_more + self._faded(load.now_s)
+        both = self._forecaster.forecast(
+            load,
+            Futures(
+                np.tile(levels, 2),
+                np.repeat([1.0, more], count),
+                np.repeat([False, True], count),
+                np.repeat([mode.bound, mode.up_bound], count),
+            ),
+        )
+        return both.part(0, count), both.part(count, 2 * count)
+
+    def _weigh(self, load: Load, mode: ModeTargets, deepest: int, here: Forecast, back: Forecast | None) -> Choice:
+        level, score = load.level, here.score
+        up, fit = (None, None) if back is None else self._way_back(load, mode, back)
+        met = bool(score[level] <= MET)
+        if met:
+            self._late_since = None
+            if up is not None:
+                return self._choice(up, "slo_met_at_milder", here, level, deepest)
+            return self._choice(level, "slo_met" if level == 0 or fit else "milder_too_slow", here, level, deepest)
+        best = float(score.min())
+        if score[level] - best < max(MET, LEAST_GAIN * score[level]):
+            self._late_since = None
+            if up is not None:
+                return self._choice(up, "no_gain", here, level, deepest)
+            return self._choice(level, "no_gain", here, level, deepest)
+        self._late_since = load.now_s if self._late_since is None else self._late_since
+        if load.now_s - self._late_since < mode.persist_s:
+            return self._choice(level, "persistence", here, level, deepest)
+        enough = max(MET, best + mode.slack * (score[level] - best))
+        target = int(np.flatnonzero(score <= enough)[0])
+        if target < level:
+            if load.now_s - self._unfit_s[level] < self._settings.dwell_s or not self._fits(load, mode)[target]:
+                return self._choice(level, "dwell", here, level, deepest)
+            return self._choice(target, "milder_is_faster", here, level, deepest)
+        return self._choice(
+            target, "slo_met_at_deeper" if score[target] <= MET else "best_effort", here, level, deepest
+        )
+
+    def _way_back(self, load: Load, mode: ModeTargets, back: Forecast) -> tuple[int | None, bool]:
+        """The milder level that can be gone back to, if there is one; and whether one is fit but has yet to dwell."""
+        level = load.level
+        enough = max(MET, back.score[level] * (1 + NO_LOSS))
+        fit = (back.score[:level] <= enough) & self._fits(load, mode)[:level]
+        self._unfit_s[:level][~fit] = load.now_s
+        dwelt: Floats = load.now_s - self._unfit_s[:level]
+        needed = np.full(level, PART_WAY * self._settings.dwell_s)
+        needed[0] = self._settings.dwell_s
+        ready = np.flatnonzero(fit & (dwelt >= needed))
+        return (int(ready[0]) if len(ready) else None), bool(fit.any())
+
+    def _fits(self, load: Load, mode: ModeTargets) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """By level, whether what is live fits its capacity with the mode's margin; cached blocks make room."""
+        result: np.ndarray[tuple[int], np.dtype[np.bool_]] = load.used <= (1 - mode.up_margin) * load.capacities
+        return result
+
+    def _faded(self, now_s: float) -> float:
+        return self._caution * math.exp(-(now_s - self._caution_s) / FORGET_S)
+
+    def _choice(self, target: int, reason: str, forecast: Forecast, level: int, deepest: int) -> Choice:
+        shown = sorted({0, level, target, int(forecast.score.argmin()), deepest})
+        considered = [
+            Considered(
+                k, round(float(forecast.score[k]), 4), round(float(forecast.late[k]), 3),
+                round(float(forecast.ttft_s[k]), 3), round(float(forecast.tpot_s[k]), 4),
+            )
+            for k in shown
+        ]  # fmt: skip
+        return Choice(target, reason, considered, met=bool(forecast.score[target] <= MET))
