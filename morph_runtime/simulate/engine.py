@@ -49,6 +49,7 @@ class SimulatedEngine:
         self.used = 0
         self.preemptions = 0
         self.now_s = 0.0
+        self.last_step_s = 0.0
         self._decide = decide
         self._interval_s = interval_s
         self._next_decision_s = 0.0 if decide is not None else math.inf
@@ -78,7 +79,7 @@ class SimulatedEngine:
     @property
     def unfinished(self) -> int:
         """Requests that were submitted and have not ended."""
-        return len(self.records) - self.records.ended
+        return len(self.records) - len(self.records.ended)
 
     @property
     def free(self) -> int:
@@ -192,6 +193,7 @@ class SimulatedEngine:
                 pairs += pairs_of(start, length)
         seconds = self._fixed_s(count + prefill) + context * costs.context_s + pairs * costs.pair_s
         end_s = self.now_s + seconds
+        self.last_step_s = seconds
         self._overlap(self.now_s)
         tokens = count
         ended = decodes.advance(1) if count else []
@@ -229,6 +231,7 @@ class SimulatedEngine:
             steps = max(1, decodes.steps_within(self.free + taken, steps))
         before = first * (steps - 1) + grow * ((steps - 1) * (steps - 2) // 2)
         end_s = self.now_s + before + first + grow * (steps - 1)
+        self.last_step_s = first + grow * (steps - 1)
         self._overlap(self.now_s + before)
         self.used += decodes.blocks(steps) - taken
         for key in decodes.advance(steps):

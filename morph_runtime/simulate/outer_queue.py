@@ -21,12 +21,13 @@ class OuterQueue:
         self._arrivals: list[float] = []
         self._entries: list[float] = []
         """When each request that has got a credit enters the engine."""
-        self._taken = 0
+        self.taken = 0
+        """Requests that the engine has taken."""
 
     @property
     def next_entry_s(self) -> float:
         """When the next request enters the engine; infinity if none is known to."""
-        return self._entries[self._taken] if self._taken < len(self._entries) else math.inf
+        return self._entries[self.taken] if self.taken < len(self._entries) else math.inf
 
     def arrive(self, at_s: float) -> None:
         """A request has come."""
@@ -35,21 +36,31 @@ class OuterQueue:
 
     def take(self, now_s: float) -> range:
         """Those that have entered the engine by now and were not taken before, by number of arrival."""
-        first = self._taken
-        while self._taken < len(self._entries) and self._entries[self._taken] <= now_s:
-            self._taken += 1
-        return range(first, self._taken)
+        first = self.taken
+        while self.taken < len(self._entries) and self._entries[self.taken] <= now_s:
+            self.taken += 1
+        return range(first, self.taken)
 
     def give_back(self, at_s: float) -> None:
         """A credit is free from `at_s` on."""
         self._credits.append(at_s)
         self._grant()
 
+    def left_s(self, key: int) -> float:
+        """When a request that has entered the engine, or will, left Triton's queue: `execute()` had taken it."""
+        return max(self._arrivals[key], self._entries[key - 1] if key else -math.inf)
+
+    def entered(self, at_s: float) -> int:
+        """Requests that had entered the engine by a time."""
+        return bisect_right(self._entries, at_s)
+
+    def arrived(self, at_s: float) -> int:
+        """Requests that had come by a time."""
+        return bisect_right(self._arrivals, at_s)
+
     def pending(self, at_s: float) -> int:
         """Requests in Triton's queue at a time, which may lie in the past."""
-        return bisect_right(self._arrivals, at_s) - min(
-            bisect_right(self._entries, at_s), bisect_right(self._arrivals, at_s)
-        )
+        return self.arrived(at_s) - self.entered(at_s)
 
     def blocked(self, now_s: float) -> int:
         """Requests that have come and wait for a credit now."""

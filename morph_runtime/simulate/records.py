@@ -43,7 +43,10 @@ class Records:
         self.first_s: list[float] = []
         self.last_s: list[float] = []
         self.preemptions: list[int] = []
-        self.ended = 0
+        self.begun: list[int] = []
+        """Those whose first token is there, in that order."""
+        self.ended: list[int] = []
+        """Those whose last token is there, in that order."""
         self.spans: list[Span] = []
 
     def __len__(self) -> int:
@@ -76,6 +79,7 @@ class Records:
         self.produced[key] += 1
         if math.isnan(self.first_s[key]):
             self.first_s[key] = at_s
+            self.begun.append(key)
         return self.output[key] - self.produced[key]
 
     def preempted(self, key: int, left: int | None) -> None:
@@ -88,4 +92,4 @@ class Records:
         """All tokens are out."""
         self.produced[key] = self.output[key]
         self.last_s[key] = at_s
-        self.ended += 1
+        self.ended.append(key)
