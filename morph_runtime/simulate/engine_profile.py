@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from morph_runtime.config import RUNGS
 from morph_runtime.errors import ConfigError
+from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.levels import LevelPlan
 
@@ -94,3 +96,37 @@ def read_profile(path: Path) -> EngineProfile:
         return profile_from(values, path.stem)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ConfigError(f"The file {path} is no engine profile: {type(error).__name__} {error}.") from None
+
+
+def profile_from(values: Mapping[str, Any], name: str) -> EngineProfile:
+    """An engine profile from plain values.
+
+    Args:
+        values: `costs`, `capacities`, and fields of `EngineProfile` by their names; those with a default may be absent.
+        name: used if they have none.
+
+    Raises:
+        KeyError, TypeError, ValueError: they do not describe an engine.
+    """
+    rungs = [str(rung) for rung in values["costs"]["rungs"]]
+    capacities = np.asarray(values["capacities"], dtype=np.int64)
+    num_layers, rest = divmod(len(capacities) - 1, max(len(rungs) - 1, 1))
+    if rest or not num_layers or rungs[0] != "full" or set(rungs) - {"full", *RUNGS}:
+        raise ValueError(f"with {len(capacities)} capacities for the rungs {', '.join(rungs)}")
+    if capacities.min() < 1 or (np.diff(capacities) < 0).any():
+        raise ValueError("with capacities that are not positive or that fall")
+    plan = LevelPlan(range(num_layers), [rung for rung in RUNG_BITS if rung in rungs[1:]])
+    numbers = ("block_tokens", "max_num_seqs", "max_num_batched_tokens", "line", "depth")
+    given: dict[str, Any] = {key: int(values[key]) for key in numbers if key in values}
+    given.update({key: float(values[key]) for key in ("watermark", "handoff_s") if key in values})
+    given.setdefault("depth", int(values["costs"].get("depth", 1)))
+    if min(given.get(key, 1) for key in numbers) < 1:
+        raise ValueError(f"with a number below 1 among {', '.join(numbers)}")
+    return EngineProfile(
+        name=str(values.get("name", name)),
+        costs=StepCosts.from_json(values["costs"], plan),
+        capacities=capacities,
+        num_layers=num_layers,
+        overlap=bool(values.get("overlap", False)),
+        **given,
+    )

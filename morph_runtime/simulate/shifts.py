@@ -35,32 +35,38 @@ class Shifts:
         return self._direction != 0 or self.target != self.level
 
     def poll(self, now_s: float, used: int) -> None:
-        """Book the layers that have changed by now and begin what can begin; `used` blocks are live."""
+        """Book the layers that have changed by now and begin what can begin; `used` blocks are live.
+
+        At one step boundary no more than `depth` layers change.
+        """
+        flips = 0
         while True:
             if self._direction:
-                if self.next_s > now_s:
+                if self.next_s > now_s or flips == self._depth:
                     return
-                self._flip()
+                self._flip(now_s)
+                flips += 1
             if self.target == self.level:
                 self._rest()
                 return
-            began_s = now_s if self.next_s == math.inf else self.next_s
+            # The next layer begins when the one before it is done, which may be before this boundary.
+            began_s = min(self.next_s, now_s)
             if self.target > self.level:
                 self._direction = 1
                 self._room = self.level
-                self.next_s = began_s + self._costs.down_s
+                self.next_s = began_s + self._costs.shift_s(self.level, self.level + 1)
             elif self._give_up_blocks(used):
                 self._direction = -1
-                self.next_s = began_s + self._costs.up_s
+                self.next_s = began_s + self._costs.shift_s(self.level, self.level - 1)
             else:
                 self.target = self.level
                 self.refused += 1
                 self._rest()
                 return
 
-    def _flip(self) -> None:
+    def _flip(self, now_s: float) -> None:
         self.level += self._direction
-        self.changes.append((self.next_s, self.level))
+        self.changes.append((now_s, self.level))
         if self._direction > 0:
             self.down += 1
             self.capacity = self._capacities[self.level]
