@@ -62,6 +62,11 @@ class OuterQueue:
         """Requests in Triton's queue at a time, which may lie in the past."""
         return self.arrived(at_s) - self.entered(at_s)
 
+    def mean_wait_s(self, since_s: float, until_s: float) -> float:
+        """Mean time in Triton's queue of those that have left it in (since, until]; 0 if none has."""
+        left = range(self.entered(since_s), self.entered(until_s))
+        return sum(self.left_s(key) - self._arrivals[key] for key in left) / len(left) if left else 0.0
+
     def blocked(self, now_s: float) -> int:
         """Requests that have come and wait for a credit now."""
         granted = len(self._entries)

@@ -186,12 +186,9 @@ class Pilot:
         if before is None:
             self._signal = QueueSignal(taken_s, pending)
             return self._signal
-        left = range(queue.entered(before.taken_s), queue.entered(taken_s))
-        waited_s = sum(queue.left_s(key) - engine.records.arrival_s[key] for key in left)
         came = queue.arrived(taken_s) - queue.arrived(before.taken_s)
-        self._signal = QueueSignal(
-            taken_s, pending, waited_s / len(left) if left else 0.0, came / (taken_s - before.taken_s)
-        )
+        waited_s = queue.mean_wait_s(before.taken_s, taken_s)
+        self._signal = QueueSignal(taken_s, pending, waited_s, came / (taken_s - before.taken_s))
         return self._signal
 
 
