@@ -78,7 +78,8 @@ class Decodes:
         """Run so many steps, at most `steps_left`; returns who has ended, the least key first."""
         self._clock += steps
         self.context += steps * len(self._members)
-        ends, ended = self._ends, []
+        ends = self._ends
+        ended: list[int] = []
         while ends and ends[0][0] <= self._clock:
             end, key = heapq.heappop(ends)
             member = self._members.get(key)

@@ -52,7 +52,7 @@ class FleetResult:
 
     def summary(self, slo_s: float) -> dict[str, Any]:
         """The figures of a table, as plain values."""
-        tokens = sum(result.tokens_by_level() for result in self.results)
+        tokens = np.sum([result.tokens_by_level() for result in self.results], axis=0)
         late = self.ttft_s > slo_s
         return {
             "label": self.label,

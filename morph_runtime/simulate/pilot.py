@@ -151,9 +151,7 @@ class Pilot:
         profile = engine.profile
         self._engine = engine
         self._seen = SeenScheduler(engine)
-        self.controller = Controller(
-            self._settings, profile.max_level, self._costs, profile.max_num_batched_tokens
-        )
+        self.controller = Controller(self._settings, profile.max_level, self._costs, profile.max_num_batched_tokens)
         self._reader = LoadReader(
             profile.capacities.tolist(), profile.max_num_seqs, profile.max_num_batched_tokens, profile.block_tokens,
             len(self.controller.classes),

@@ -89,7 +89,9 @@ class Result:
     def most_reversals(self, window_s: float = 60.0) -> int:
         """The most reversals within any window."""
         times = np.array(self.reversals)
-        return int(max((np.searchsorted(times, t + window_s, side="right") - i for i, t in enumerate(times)), default=0))
+        return int(
+            max((np.searchsorted(times, t + window_s, side="right") - i for i, t in enumerate(times)), default=0)
+        )
 
     def level_at(self, at_s: Floats) -> Ints:
         """The level in force at each time."""

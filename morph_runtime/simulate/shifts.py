@@ -1,4 +1,4 @@
-"""The walk between levels as the engine's shifter does it: a layer at a time, capacity published last, lowered first."""
+"""The walk between levels, as the engine's shifter does it: layer by layer, capacity published last, lowered first."""
 
 from __future__ import annotations
 

@@ -35,20 +35,20 @@ EXTENT_BYTES = 64 * 2**20
 SOURCES = {
     "decode": "whole_s to 256 tokens: ITL p50 of bench/engine/results (mean of both runs), less context_s times the "
     "mean context of these batches.",
-    "prefill": "pair_s and whole_s at 2,048 tokens: prefills of 2,048 and 8,184 tokens in the same files, two equations "
-    "in two unknowns; pair_s is the mean over the rungs. At 512 tokens: the linears of bench/gpu_kernels/README.md, and "
-    "for the rest a straight line between what it is at 256 and at 2,048.",
+    "prefill": "pair_s and whole_s at 2,048 tokens: prefills of 2,048 and 8,184 tokens in the same files, two "
+    "equations in two unknowns; pair_s is the mean over the rungs. At 512 tokens: the linears of "
+    "bench/gpu_kernels/README.md, and for the rest a straight line between what it is at 256 and at 2,048.",
     "context": "context_s: decode attention over 64 sequences of 2,048 tokens of mixed lengths, all layers, "
     "bench/gpu_kernels/results/attention.json.",
     "capacities": "KV tokens at the three uniform levels from bench/engine/results; between them a straight line, in "
     "whole extents of 64 MiB.",
-    "shifts": "walks of 32 layers, settled, of run 2 in bench/engine/results: to W8, on to W4, and back.",
+    "shifts": "walks of 32 layers, settled, the second of run 2 in bench/engine/results: to W8, on to W4, and back.",
 }
 SOURCES_7B = {
     **SOURCES,
-    "scaling": "Not measured with this engine. whole_s: Llama-3-8B's without its output matrix (read at 3.5 TB/s), times "
-    "the ratio of the layers' weights, 0.928, with the output matrix of Llama-2-7B. context_s: attention.json with 32 KV "
-    "heads. pair_s: times the ratio of both shapes' prefill attention of 8,192 tokens there. Shifts: times 0.928. "
+    "scaling": "Not measured with this engine. whole_s: Llama-3-8B's without its output matrix (read at 3.5 TB/s), "
+    "times the ratio of the layers' weights, 0.928, with the output matrix of Llama-2-7B. context_s: attention.json "
+    "with 32 KV heads. pair_s: times the ratio of both shapes' prefill attention of 8,192 tokens there. Shifts: times 0.928. "
     "Capacities: vLLM's KV tokens for this shape in 24 GiB, less the bytes that this engine has less than vLLM for "
     "Llama-3-8B.",
 }

@@ -7,7 +7,20 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import (
+    chat,
+    demo,
+    generate,
+    openai,
+    pack,
+    profile,
+    quality,
+    quantize,
+    replay,
+    serve,
+    simulate,
+    top,
+)
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -32,6 +45,7 @@ def build_app() -> typer.Typer:
     app.command("pack")(pack.pack)
     app.command("quality")(quality.quality)
     app.command("profile")(profile.profile)
+    app.command("simulate")(simulate.simulate)
     return app
 
 
