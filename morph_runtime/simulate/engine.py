@@ -312,7 +312,7 @@ class SimulatedEngine:
 
 
 def _steps_to(seconds: float, first_s: float, grow_s: float) -> int:
-    """The least number of steps, at least 1, that last `seconds`; the first takes `first_s`, each next `grow_s` more."""
+    """The least number of steps, from 1, that last `seconds`; the first takes `first_s`, each next `grow_s` more."""
     if seconds <= first_s:
         return 1
     half = first_s - grow_s / 2

@@ -48,7 +48,8 @@ SOURCES_7B = {
     **SOURCES,
     "scaling": "Not measured with this engine. whole_s: Llama-3-8B's without its output matrix (read at 3.5 TB/s), "
     "times the ratio of the layers' weights, 0.928, with the output matrix of Llama-2-7B. context_s: attention.json "
-    "with 32 KV heads. pair_s: times the ratio of both shapes' prefill attention of 8,192 tokens there. Shifts: times 0.928. "
+    "with 32 KV heads. pair_s: times the ratio of both shapes' prefill attention of 8,192 tokens there. Shifts: times "
+    "0.928. "
     "Capacities: vLLM's KV tokens for this shape in 24 GiB, less the bytes that this engine has less than vLLM for "
     "Llama-3-8B.",
 }
