@@ -74,7 +74,8 @@ class Controller:
             self._cap = cap
 
     def decide(self, load: Load) -> int:
-        """The level to go to; the decision and its reason are logged and counted."""
+        """The level to go to. A decision is logged and counted with its reason; where the rule wants to see no more
+        than it has seen a moment ago, the level stays as it is."""
         mode, deepest = MODE_TARGETS[self._mode], self.deepest
         if load.level > deepest:
             choice = Choice(deepest, "mode" if deepest == round(mode.deepest * self._max_level) else "cap")
@@ -82,8 +83,9 @@ class Controller:
             choice = Choice(0, "mode" if self._mode == "off" else "cap")
         else:
             choice = self._rule.choose(load, mode, deepest)
-            if not choice.held:
-                self.slo_feasible = choice.met
+            if choice.held:
+                return choice.target
+            self.slo_feasible = choice.met
         self._record(load, choice)
         return choice.target
 

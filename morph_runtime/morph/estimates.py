@@ -13,6 +13,8 @@ from morph_runtime.morph.load import Floats, Ints, Outer
 
 KEPT = 256
 """Ended requests whose lengths are remembered."""
+UNKNOWN = 200
+"""Tokens that a request is taken to generate, unless it may not, before any has ended."""
 FAST_S, SLOW_S = 3.0, 20.0
 """Time constants of the two arrival rates."""
 HISTORY = 1024
@@ -59,10 +61,10 @@ class OutputLengths:
             most: int64 [N], tokens that it may have yet.
 
         Returns:
-            float64 [N]; `most` while nothing has ended.
+            float64 [N]; while nothing has ended, `most` up to `UNKNOWN`.
         """
         if not self._ended:
-            return most.astype(np.float64)
+            return np.minimum(most, UNKNOWN).astype(np.float64)
         if self._sorted is None:
             self._sorted = np.sort(np.fromiter(self._ended, np.int64, len(self._ended)))
             counts = np.arange(len(self._sorted), 0, -1)
@@ -79,7 +81,6 @@ class Rate:
 
     def __init__(self) -> None:
         self._fast = self._slow = 0.0
-        self._seen_s = 0.0
         self._at_s: float | None = None
 
     def add(self, count: float, now_s: float) -> None:
@@ -91,10 +92,9 @@ class Rate:
         if seconds <= 0:
             return
         rate = count / seconds
-        # The first seconds count in full, or the rate would seem low for as long as the time constant.
-        self._seen_s += seconds
-        self._fast += (rate - self._fast) * (1 - math.exp(-seconds / min(FAST_S, self._seen_s)))
-        self._slow += (rate - self._slow) * (1 - math.exp(-seconds / min(SLOW_S, self._seen_s)))
+        self._fast += (rate - self._fast) * (1 - math.exp(-seconds / FAST_S))
+        # From 0 on, as the fast one: a burst in the first seconds is a burst and not the mean.
+        self._slow += (rate - self._slow) * (1 - math.exp(-seconds / SLOW_S))
 
     @property
     def fast(self) -> float:

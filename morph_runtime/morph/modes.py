@@ -14,8 +14,8 @@ class ModeTargets:
 
     Attributes:
         bound: share of each SLO that a forecast may take and still count as meeting it.
-        up_bound: the same for the level that would be gone back to.
-        up_more: factor on the arrivals for which that level must hold.
+        safe_bound: the same for the level that is gone to, deeper or milder, once one is gone to.
+        safe_more: factor on the arrivals for which a milder level must hold to be gone back to.
         slack: share of the attainable gain that is given up for a milder level, where no level meets the SLOs.
         persist_s: seconds for which the present level must have been too mild before a down-shift.
         deepest: share of the levels that may be used.
@@ -25,8 +25,8 @@ class ModeTargets:
     """
 
     bound: float
-    up_bound: float
-    up_more: float
+    safe_bound: float
+    safe_more: float
     slack: float
     persist_s: float
     deepest: float

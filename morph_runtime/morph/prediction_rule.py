@@ -24,8 +24,8 @@ LEAST_GAIN = 0.1
 """Share of the score that a step must take away to be worth it."""
 NO_LOSS = 0.02
 """Share by which the score may grow where degradation does not help and is taken back."""
-CALM_S = 0.25
-"""Between forecasts at level 0 while nothing waits outside the engine."""
+LOOK_S, CALM_S = 0.1, 0.25
+"""Least time between two forecasts; the second at level 0 while nothing waits outside the engine."""
 REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 """A down-shift within REGRET_S of an up-shift adds CAUTION to the factor on arrivals; it fades over FORGET_S."""
 PART_WAY = 3.0
@@ -41,84 +41,84 @@ class PredictionRule:
         self._late_since: float | None = None
         self._unfit_s = np.full(forecaster.costs.max_level + 1, -math.inf)
         """When each level was last not fit to be gone back to."""
-        self._last_up_s = -math.inf
+        self._last_up_s = self._last_down_s = -math.inf
         self._caution = 0.0
         self._caution_s = 0.0
-        self._calm_until_s = -math.inf
+        self._next_s = -math.inf
+        self._last_reason = ""
 
     def choose(self, load: Load, mode: ModeTargets, deepest: int) -> Choice:
         """The level to go to; none deeper than `deepest`, and the present one is not."""
         calm = load.level == 0 and load.pending == 0 and load.head_fits and self._late_since is None
-        if calm and load.now_s < self._calm_until_s:
-            return Choice(0, "slo_met", held=True)
-        self._calm_until_s = load.now_s + CALM_S
-        here, back = self._forecasts(load, mode, deepest)
-        choice = self._weigh(load, mode, deepest, here, back)
+        if load.now_s < self._next_s:
+            return Choice(load.level, self._last_reason, held=True)
+        self._next_s = load.now_s + (CALM_S if calm else LOOK_S)
+        here, lasting, safe = self._forecasts(load, mode, deepest)
+        choice = self._weigh(load, mode, deepest, here, lasting, safe)
+        self._last_reason = choice.reason
         if choice.target > load.level:
             if load.now_s - self._last_up_s < REGRET_S:
                 self._caution = min(MOST_CAUTION, self._faded(load.now_s) + CAUTION)
                 self._caution_s = load.now_s
             self._unfit_s[:] = load.now_s
+            self._last_down_s = load.now_s
         elif choice.target < load.level:
             self._last_up_s = load.now_s
         return choice
 
-    def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> tuple[Forecast, Forecast | None]:
-        """What comes of each level as things are, and, unless at level 0, what comes of it on the safe side."""
-        levels = np.arange(deepest + 1)
-        count = len(levels)
-        if load.level == 0:
-            plain = Futures(levels, np.ones(count), np.zeros(count, dtype=np.bool_), np.full(count, mode.bound))
-            return self._forecaster.forecast(load, plain), None
-        more = mode.up_more + self._faded(load.now_s)
-        both = self._forecaster.forecast(
-            load,
-            Futures(
-                np.tile(levels, 2),
-                np.repeat([1.0, more], count),
-                np.repeat([False, True], count),
-                np.repeat([mode.bound, mode.up_bound], count),
-            ),
+    def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> list[Forecast]:
+        """What comes of each level if a burst passes, if it lasts, and, on the safe side, if more than that comes."""
+        count = deepest + 1
+        futures = Futures(
+            np.tile(np.arange(count), 3),
+            np.repeat([1.0, 1.0, mode.safe_more + self._faded(load.now_s)], count),
+            np.repeat([False, True, True], count),
+            np.repeat([mode.bound, mode.safe_bound, mode.safe_bound], count),
         )
-        return both.part(0, count), both.part(count, 2 * count)
+        forecast = self._forecaster.forecast(load, futures)
+        return [forecast.part(first, first + count) for first in range(0, 3 * count, count)]
 
-    def _weigh(self, load: Load, mode: ModeTargets, deepest: int, here: Forecast, back: Forecast | None) -> Choice:
+    def _weigh(
+        self, load: Load, mode: ModeTargets, deepest: int, here: Forecast, lasting: Forecast, safe: Forecast
+    ) -> Choice:
+        def choice(target: int, reason: str) -> Choice:
+            return _choice(target, reason, here, load.level, deepest)
+
         level, score = load.level, here.score
-        up, fit = (None, None) if back is None else self._way_back(load, mode, back)
-        met = bool(score[level] <= MET)
-        if met:
-            self._late_since = None
-            if up is not None:
-                return self._choice(up, "slo_met_at_milder", here, level, deepest)
-            return self._choice(level, "slo_met" if level == 0 or fit else "milder_too_slow", here, level, deepest)
+        up, fit = self._way_back(load, mode, safe)
         best = float(score.min())
-        if score[level] - best < max(MET, LEAST_GAIN * score[level]):
+        met = bool(score[level] <= MET)
+        if met or score[level] - best < max(MET, LEAST_GAIN * score[level]):
             self._late_since = None
             if up is not None:
-                return self._choice(up, "no_gain", here, level, deepest)
-            return self._choice(level, "no_gain", here, level, deepest)
+                return choice(up, "slo_met_at_milder" if met else "no_gain")
+            if not met:
+                return choice(level, "no_gain")
+            return choice(level, "slo_met" if level == 0 else "dwell" if fit else "milder_too_slow")
         self._late_since = load.now_s if self._late_since is None else self._late_since
         if load.now_s - self._late_since < mode.persist_s:
-            return self._choice(level, "persistence", here, level, deepest)
-        enough = max(MET, best + mode.slack * (score[level] - best))
-        target = int(np.flatnonzero(score <= enough)[0])
+            return choice(level, "persistence")
+        # Where to is chosen as if the burst lasted: one step that suffices, and not one after the other.
+        least = float(lasting.score.min())
+        enough = max(MET, least + mode.slack * max(0.0, float(lasting.score[level]) - least))
+        target = int(np.flatnonzero(lasting.score <= enough)[0])
+        if target == level:
+            return choice(level, "no_gain")
         if target < level:
-            if load.now_s - self._unfit_s[level] < self._settings.dwell_s or not self._fits(load, mode)[target]:
-                return self._choice(level, "dwell", here, level, deepest)
-            return self._choice(target, "milder_is_faster", here, level, deepest)
-        return self._choice(
-            target, "slo_met_at_deeper" if score[target] <= MET else "best_effort", here, level, deepest
-        )
+            if load.now_s - self._last_down_s < self._settings.dwell_s or not self._fits(load, mode)[target]:
+                return choice(level, "dwell")
+            return choice(target, "milder_is_faster")
+        return choice(target, "slo_met_at_deeper" if score[target] <= MET else "best_effort")
 
-    def _way_back(self, load: Load, mode: ModeTargets, back: Forecast) -> tuple[int | None, bool]:
+    def _way_back(self, load: Load, mode: ModeTargets, safe: Forecast) -> tuple[int | None, bool]:
         """The milder level that can be gone back to, if there is one; and whether one is fit but has yet to dwell."""
         level = load.level
-        enough = max(MET, back.score[level] * (1 + NO_LOSS))
-        fit = (back.score[:level] <= enough) & self._fits(load, mode)[:level]
+        enough = max(MET, safe.score[level] * (1 + NO_LOSS))
+        fit = (safe.score[:level] <= enough) & self._fits(load, mode)[:level]
         self._unfit_s[:level][~fit] = load.now_s
         dwelt: Floats = load.now_s - self._unfit_s[:level]
         needed = np.full(level, PART_WAY * self._settings.dwell_s)
-        needed[0] = self._settings.dwell_s
+        needed[:1] = self._settings.dwell_s
         ready = np.flatnonzero(fit & (dwelt >= needed))
         return (int(ready[0]) if len(ready) else None), bool(fit.any())
 
@@ -130,13 +130,15 @@ class PredictionRule:
     def _faded(self, now_s: float) -> float:
         return self._caution * math.exp(-(now_s - self._caution_s) / FORGET_S)
 
-    def _choice(self, target: int, reason: str, forecast: Forecast, level: int, deepest: int) -> Choice:
-        shown = sorted({0, level, target, int(forecast.score.argmin()), deepest})
-        considered = [
-            Considered(
-                k, round(float(forecast.score[k]), 4), round(float(forecast.late[k]), 3),
-                round(float(forecast.ttft_s[k]), 3), round(float(forecast.tpot_s[k]), 4),
-            )
-            for k in shown
-        ]  # fmt: skip
-        return Choice(target, reason, considered, met=bool(forecast.score[target] <= MET))
+
+def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: int) -> Choice:
+    """With what was forecast of full precision, the present level, the target, the best level and the deepest."""
+    shown = sorted({0, level, target, int(forecast.score.argmin()), deepest})
+    considered = [
+        Considered(
+            k, round(float(forecast.score[k]), 4), round(float(forecast.late[k]), 3),
+            round(float(forecast.ttft_s[k]), 3), round(float(forecast.tpot_s[k]), 4),
+        )
+        for k in shown
+    ]  # fmt: skip
+    return Choice(target, reason, considered, met=bool(forecast.score[target] <= MET))

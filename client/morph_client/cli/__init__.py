@@ -11,6 +11,7 @@ from morph_client.cli import (
     chat,
     demo,
     generate,
+    mode,
     openai,
     pack,
     profile,
@@ -39,6 +40,7 @@ def build_app() -> typer.Typer:
     app.command("chat")(chat.chat)
     app.command("openai")(openai.openai)
     app.command("top")(top.top)
+    app.command("mode")(mode.mode)
     app.command("replay")(replay.replay)
     app.command("demo")(demo.demo)
     app.command("quantize")(quantize.quantize)
