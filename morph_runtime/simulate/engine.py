@@ -15,8 +15,6 @@ import heapq
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from morph_runtime.morph.costs import pairs_of
 from morph_runtime.simulate.decodes import Decodes
 from morph_runtime.simulate.engine_profile import EngineProfile
@@ -57,7 +55,6 @@ class SimulatedEngine:
         """With overlap: when the step before the next one began, if there was one."""
         self._releasing: list[int] = []
         """With overlap: tokens in the KV cache of each request that ended with the last step."""
-        self._tables: dict[int, list[float]] = {}
 
     # -- from outside --------------------------------------------------------------------------------------------
 
@@ -182,16 +179,17 @@ class SimulatedEngine:
 
     def _mixed_step(self, chunks: list[tuple[int, int, int]], started: list[int]) -> None:
         """One step with prefill in it."""
-        prefill = pairs = 0
+        prefill = pairs = again = 0
         decodes, costs = self.decodes, self.profile.costs
         count, context = len(decodes), decodes.context
         for key, start, length in chunks:
-            prefill += length
             if self._is_last_again(key, start):
+                again += 1
                 context += start + 1
             else:
+                prefill += length
                 pairs += pairs_of(start, length)
-        seconds = self._fixed_s(count + prefill) + context * costs.context_s + pairs * costs.pair_s
+        seconds = costs.seconds(self.shifts.level, count + again, context, prefill, pairs)
         end_s = self.now_s + seconds
         self.last_step_s = seconds
         self._overlap(self.now_s)
@@ -221,8 +219,10 @@ class SimulatedEngine:
         `taken` blocks are those of the first of them.
         """
         decodes, costs = self.decodes, self.profile.costs
-        count, grow = len(decodes), costs.context_s * len(decodes)
-        first = self._fixed_s(count) + decodes.context * costs.context_s
+        count, context = len(decodes), decodes.context
+        first = costs.seconds(self.shifts.level, count, context, 0, 0)
+        # Attention's time is in proportion to what it reads, and each step reads a token more of each request.
+        grow = costs.seconds(self.shifts.level, count, context + count, 0, 0) - first
         room = min(until_s, self._next_event_s()) - self.now_s
         steps = 1 if self._releasing else decodes.steps_left
         if room < steps * first + grow * (steps * (steps - 1) // 2):
@@ -299,16 +299,6 @@ class SimulatedEngine:
         self.preemptions += 1
         heapq.heappush(self.waiting, key)
         return held
-
-    def _fixed_s(self, tokens: int) -> float:
-        """Seconds of a step of so many tokens at this level, without what attention reads."""
-        level = self.shifts.level
-        table = self._tables.get(level)
-        if table is None:
-            most = self.profile.max_num_batched_tokens
-            times = self.profile.costs.step_s(level, np.arange(most + 1), 0, 0, 0)
-            table = self._tables[level] = times.tolist()
-        return table[tokens]
 
 
 def _steps_to(seconds: float, first_s: float, grow_s: float) -> int:

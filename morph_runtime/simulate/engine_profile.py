@@ -75,9 +75,16 @@ class EngineProfile:
         return replace(self, costs=replace(self.costs, whole_s=same))
 
     def mistaken(self, errors: Sequence[float]) -> StepCosts:
-        """The costs as a controller would have them that errs by these shares: one for each rung, or one for all."""
-        factors = 1 + np.broadcast_to(np.asarray(errors, dtype=np.float64), len(self.costs.rungs))
-        return replace(self.costs, whole_s=self.costs.whole_s * factors[:, None])
+        """The costs as a controller would have them that errs by these shares: one for all times of steps, or one for
+        each rung's."""
+        costs = self.costs
+        factors = 1 + np.asarray(errors, dtype=np.float64)
+        wrong = replace(costs, whole_s=costs.whole_s * factors[:, None])
+        if len(errors) > 1:
+            return wrong
+        prompts = None if costs.prompt_s is None else costs.prompt_s * factors
+        names = ("context_s", "pair_s", "mean_context_s", "chunk_s", "row_s", "mixed_s")
+        return replace(wrong, prompt_s=prompts, **{name: getattr(costs, name) * float(factors[0]) for name in names})
 
 
 def read_profile(path: Path) -> EngineProfile:
