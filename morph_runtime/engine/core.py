@@ -276,7 +276,9 @@ class Engine:
             now, self.level, self._parts.pool.num_used, self._parts.scheduler, self._queue, settings.signal_stale_s,
             self._gpu_used_share,
         )  # fmt: skip
-        shifter.target = self._parts.controller.decide(load)
+        level = self._parts.controller.decide(load)
+        # To stay is to stop where the layers under way will have changed, not to change them back.
+        shifter.target = shifter.begun if level == load.level else level
 
     # -- what others may know ------------------------------------------------------------------------------------
 

@@ -110,7 +110,7 @@ class StepCosts:
         return reads
 
     def seconds(self, level: int, decodes: int, context: int, prefill: int, pairs: int) -> float:
-        """`step_s` of one step, some 50 times as fast: for the step loop."""
+        """`step_s` of one step, without arrays (1 µs against 30): for the step loop."""
         tokens, curve, prompts, mixed = self._tables[level]
         count = decodes + prefill or 1
         at = min(max(bisect_right(tokens, count) - 1, 0), len(tokens) - 2)

@@ -139,7 +139,8 @@ class Pilot:
                 engine.now_s, engine.shifts.level, engine.used, cast("Scheduler", self._seen),
                 self._newest_signal(engine), self._settings.signal_stale_s,
             )  # fmt: skip
-            engine.shifts.target = self.controller.decide(load)
+            level = self.controller.decide(load)
+            engine.shifts.target = engine.shifts.begun if level == load.level else level
             self.controller.take_decisions()
 
     @property

@@ -34,6 +34,11 @@ class Shifts:
         """A layer is changing, or should."""
         return self._direction != 0 or self.target != self.level
 
+    @property
+    def begun(self) -> int:
+        """The level once the layer that is changing has changed."""
+        return self.level + self._direction
+
     def poll(self, now_s: float, used: int) -> None:
         """Book the layers that have changed by now and begin what can begin; `used` blocks are live.
 
