@@ -14,6 +14,7 @@ from operator import attrgetter
 import torch
 
 from morph_runtime.config import EngineConfig
+from morph_runtime.costs.correction import StepCorrection
 from morph_runtime.engine.batch import make_batch
 from morph_runtime.engine.intake import Intake
 from morph_runtime.engine.messages import (
@@ -35,6 +36,7 @@ from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
 from morph_runtime.morph.controller import Controller
+from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.signals import LoadReader
@@ -69,6 +71,8 @@ class EngineParts:
     runner: StepRunner
     order: DeviceOrder
     gpu_used_share: Callable[[], float]
+    costs: StepCosts | None = None
+    """What steps and shifts cost; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,8 @@ class Flight:
     began_s: float
     needs_values: bool
     """The step after it cannot be launched before the values that this one samples are known."""
+    predicted_s: float
+    """Seconds that it should take by the cost model as it was measured; 0: there is none."""
 
 
 @dataclass
@@ -113,6 +119,7 @@ class Engine:
         self._overlaps = parts.config.overlaps
         self._flight: Flight | None = None
         self._news = News()
+        self._correction = StepCorrection(parts.costs) if parts.costs is not None else None
         parts.shifter.before_change(self.settle)
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -177,6 +184,11 @@ class Engine:
         return self._statistics
 
     @property
+    def correction(self) -> StepCorrection | None:
+        """The cost model beside the steps that have run; None if there is no model."""
+        return self._correction
+
+    @property
     def parts(self) -> EngineParts:
         """The parts, for checks and benchmarks."""
         return self._parts
@@ -235,7 +247,8 @@ class Engine:
         launched = parts.runner.launch(batch, rows + scoring_rows(plan), previous)
         parts.scheduler.advance(plan)
         needs_values = any(map(NEEDS_VALUES, rows))
-        return Flight(plan, sampling, launched, self.level, began, needs_values)
+        predicted = self._correction.predict(self.level, batch) if self._correction is not None else 0.0
+        return Flight(plan, sampling, launched, self.level, began, needs_values, predicted)
 
     def _book(self, flight: Flight) -> None:
         """Give the tokens of a step to those of its requests that are still there, and see who has ended."""
@@ -266,6 +279,8 @@ class Engine:
         self._step_seconds += seconds
         self._statistics.stepped(seconds)
         self._resolved_s = now
+        if self._correction is not None:
+            self._correction.observe(flight.level, flight.predicted_s, seconds)
 
     def _decide(self, now: float) -> None:
         settings, shifter = self._parts.config.morph, self._parts.shifter
@@ -274,7 +289,7 @@ class Engine:
         self._next_decision_s = now + settings.interval_s
         load = self._statistics.read(
             now, self.level, self._parts.pool.num_used, self._parts.scheduler, self._queue, settings.signal_stale_s,
-            self._gpu_used_share,
+            self._gpu_used_share, 1.0 if self._correction is None else self._correction.ratio(self.level),
         )  # fmt: skip
         level = self._parts.controller.decide(load)
         # To stay is to stop where the layers under way will have changed, not to change them back.

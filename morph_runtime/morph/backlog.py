@@ -111,7 +111,7 @@ def _sample(load: Load, under_way: Ints, seen: int, pending: float) -> Sample:
     part = (np.arange(OUTER_SAMPLES) + 0.5) / OUTER_SAMPLES if pending else np.zeros(0)
     count = len(part) * len(kinds)
     return Sample(
-        place=np.concatenate([picked, np.repeat(seen + part * pending, len(kinds))]),
+        place=np.concatenate([picked, np.repeat(seen + np.floor(part * pending), len(kinds))]),
         age_s=np.concatenate([ages[picked], np.repeat((1 - part) * oldest, len(kinds))]),
         slo=np.concatenate([classes[picked], np.tile(kinds, len(part))]),
         weight=np.concatenate([weights, np.tile(shares[kinds], len(part)) * pending / OUTER_SAMPLES])

@@ -35,15 +35,11 @@ class Controller:
         self._mode = settings.mode
         self._cap = settings.max_level_share
         self.classes = parse_classes(settings.slo_classes, settings.ttft_slo_s, settings.tpot_slo_s)
-        self._rule: CapacityRule | PredictionRule
-        if costs is None:
-            self._rule = CapacityRule(settings)
-            logging.getLogger(__name__).warning(
-                "there is no cost model: levels are chosen by KV capacity alone, not by what they do to latency"
-            )
-        else:
-            self._rule = PredictionRule(settings, Forecaster(costs, self.classes, max_batched_tokens))
-        self.has_costs = costs is not None
+        self._settings = settings
+        self._rule: CapacityRule | PredictionRule = CapacityRule(settings)
+        self._warned = False
+        if costs is not None:
+            self.use_costs(costs, max_batched_tokens)
         self.slo_feasible = True
         """Whether some permitted level was forecast to meet the SLOs at the last decision."""
         self._fresh: list[Decision] = []
@@ -73,10 +69,24 @@ class Controller:
         if cap is not None:
             self._cap = cap
 
+    def use_costs(self, costs: StepCosts, max_batched_tokens: int) -> None:
+        """Decide by forecast from now on."""
+        self._rule = PredictionRule(self._settings, Forecaster(costs, self.classes, max_batched_tokens))
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether it decides by forecast."""
+        return isinstance(self._rule, PredictionRule)
+
     def decide(self, load: Load) -> int:
         """The level to go to. A decision is logged and counted with its reason; where the rule wants to see no more
         than it has seen a moment ago, the level stays as it is."""
         mode, deepest = MODE_TARGETS[self._mode], self.deepest
+        if not (self.has_costs or self._warned):
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                "there is no cost model: levels are chosen by KV capacity alone, not by what they do to latency"
+            )
         if load.level > deepest:
             choice = Choice(deepest, "mode" if deepest == round(mode.deepest * self._max_level) else "cap")
         elif deepest == 0:

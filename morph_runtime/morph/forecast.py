@@ -18,8 +18,8 @@ from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.load import Bools, Floats, Ints, Load
 from morph_runtime.slo import SloClass
 
-INTERVALS, FIRST_S, GROWTH = 9, 0.1, 1.75
-"""20.4 s in all."""
+INTERVALS, FIRST_S, GROWTH = 10, 0.05, 1.8
+"""22.3 s in all."""
 BURST_S = 5.0
 """Time in which an arrival rate above its mean is expected to fall back to it (e-fold)."""
 NO_BOUND = 1e9
@@ -78,11 +78,20 @@ class Forecaster:
         self.costs = costs
         self.width = max_batched_tokens + 1
         levels, sizes = np.arange(costs.max_level + 1), np.arange(self.width)
-        self.steps_s: Floats = costs.step_s(levels[:, None], 0, 0, sizes[None, :], 0).ravel()
-        """Seconds of a step without what attention reads; step of n tokens at level k: [k * width + n]."""
+        self.bare_s: Floats = costs.fixed_s(levels[:, None], sizes[None, :], 0).ravel()
+        """Seconds of a step of n decodes at level k, without what attention reads: [k * width + n]."""
+        self.full_s: Floats = costs.fixed_s(levels[:, None], 0, np.maximum(sizes[None, :], 1)).ravel()
+        """The same of a step of n prompt tokens; a decode in it takes `row_s` more."""
+        self._walks: dict[int, Floats] = {}
         self.ttft_s = np.array([entry.ttft_s for entry in classes])
         self.tpot_s = np.array([entry.tpot_s or NO_BOUND for entry in classes])
         self.edges = np.concatenate([[0.0], np.cumsum(FIRST_S * GROWTH ** np.arange(INTERVALS))])
+
+    def walk_s(self, level: int) -> Floats:
+        """Seconds of the walk from `level` to each level."""
+        if level not in self._walks:
+            self._walks[level] = np.array([self.costs.shift_s(level, k) for k in range(self.costs.max_level + 1)])
+        return self._walks[level]
 
     def forecast(self, load: Load, futures: Futures) -> Forecast:
         """What would come of each future from now on."""
@@ -118,8 +127,7 @@ class _Run:
         self._places = np.zeros((INTERVALS + 1, count))
         self._available = line.length + self._arrivals(maker.edges)
         self._available_tokens = np.interp(self._available, line.place, line.tokens)
-        deeper = futures.levels - load.level
-        shift_s = np.where(deeper > 0, deeper * maker.costs.down_s, -deeper * maker.costs.up_s)
+        shift_s = maker.walk_s(load.level)[futures.levels]
         middles = (maker.edges[1:] + maker.edges[:-1]) / 2
         done = np.minimum(1.0, middles[:, None] / np.maximum(shift_s, 1e-9))
         self._levels: Ints = np.rint(load.level + (futures.levels - load.level) * done).astype(np.int64)
@@ -149,9 +157,10 @@ class _Run:
         decodes = np.minimum(self._decodes + 0.5, maker.width - 2).astype(np.int64)
         waits = self._available_tokens[at] - self._tokens
         chunk = np.minimum(np.maximum(waits, line.prompt), maker.width - 1 - decodes).astype(np.int64)
-        reads = self._context * costs.context_s
-        full_s = maker.steps_s[row + decodes + chunk] + reads + chunk * (line.reach * costs.pair_s)
-        bare_s = maker.steps_s[row + decodes] + reads
+        reads = self._context * (costs.context_s + costs.mean_context_s / np.maximum(self._decodes, 1.0))
+        attends = line.reach * (chunk * costs.pair_s + costs.chunk_s)
+        full_s = (maker.full_s[row + decodes + chunk] + decodes * costs.row_s + reads + attends) * load.slowness
+        bare_s = (maker.bare_s[row + decodes] + reads) * load.slowness
         full = np.minimum(seconds / full_s, (self._available_tokens[at + 1] - self._tokens) / chunk)
         # What does not fit is preempted and computed again: decodes get on as far as blocks do.
         pace = np.minimum(1.0, capacity / np.maximum(self._used, 1.0))
@@ -184,7 +193,8 @@ class _Run:
         self._places[at + 1] = place
         if at == INTERVALS // 2:
             alone = np.minimum(int(line.prompt), maker.width - 1 - decodes)
-            self._own_s = maker.steps_s[row + decodes + alone] * np.ceil(line.prompt / np.maximum(alone, 1)) + reads
+            steps_alone = np.ceil(line.prompt / np.maximum(alone, 1))
+            self._own_s = (maker.full_s[row + decodes + alone] + reads) * steps_alone * load.slowness
 
     def _still_there(self, at: int, steps: Floats) -> tuple[Floats, Floats, Floats]:
         """Requests, blocks and tokens in the cache of those admitted before interval `at`, after so many steps."""
@@ -237,7 +247,7 @@ class _Run:
     def _reached_s(self, place: Floats) -> Floats:
         """When the line is done up to each place, [S, C] from [S, C] or [S, 1]; beyond the horizon at the same pace."""
         edges, places = self._maker.edges, self._places
-        place = np.broadcast_to(place, (len(place), places.shape[1]))
+        place = np.broadcast_to(place - 1e-6, (len(place), places.shape[1]))  # sums that are equal but for rounding
         after = (places[:, None, :] < place[None]).sum(axis=0)
         first = np.clip(after - 1, 0, INTERVALS - 1)
         low, high = np.take_along_axis(places, first, 0), np.take_along_axis(places, first + 1, 0)

@@ -133,6 +133,7 @@ class Load:
         preemptions: total since start.
         ttft_s: mean TTFT of the last seconds; 0 without any.
         step_s: mean time of the last steps; 0 without any.
+        slowness: real over predicted time of the last steps.
         gpu_used_share: share of the GPU's memory in use as NVML shows it; -1 where there is none. For the log alone.
     """
 
@@ -153,6 +154,7 @@ class Load:
     preemptions: int = 0
     ttft_s: float = 0.0
     step_s: float = 0.0
+    slowness: float = 1.0
     gpu_used_share: float = -1.0
 
     @property
@@ -213,5 +215,6 @@ class Load:
             "preemptions": float(self.preemptions),
             "ttft_s": round(self.ttft_s, 3),
             "step_s": round(self.step_s, 4),
+            "slowness": round(self.slowness, 3),
             "gpu_used_share": round(self.gpu_used_share, 3),
         }

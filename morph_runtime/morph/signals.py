@@ -87,7 +87,7 @@ class LoadReader:
 
     def read(
         self, now_s: float, level: int, used: int, scheduler: Scheduler, queue: QueueSignal | None, stale_s: float,
-        gpu_used_share: float = -1.0,
+        gpu_used_share: float = -1.0, slowness: float = 1.0,
     ) -> Load:  # fmt: skip
         """The load as it is now.
 
@@ -99,6 +99,7 @@ class LoadReader:
             queue: the outer queue's newest signal, however old; None if there has been none.
             stale_s: age at which it no longer counts.
             gpu_used_share: see `Load`.
+            slowness: see `Load`.
         """
         running, waiting = scheduler.running, scheduler.waiting()
         self._own_rate.add(self._came, now_s)
@@ -126,6 +127,7 @@ class LoadReader:
             ttft_s=self._ttft_s.value,
             step_s=self._step_s.value,
             gpu_used_share=gpu_used_share,
+            slowness=slowness,
         )
 
     def _read_queue(self, queue: QueueSignal | None, now_s: float, stale_s: float) -> Outer | None:

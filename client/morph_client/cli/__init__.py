@@ -9,6 +9,7 @@ import typer
 
 from morph_client.cli import (
     chat,
+    costs,
     demo,
     generate,
     mode,
@@ -46,6 +47,7 @@ def build_app() -> typer.Typer:
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)
     app.command("quality")(quality.quality)
+    app.command("costs")(costs.costs)
     app.command("profile")(profile.profile)
     app.command("simulate")(simulate.simulate)
     return app

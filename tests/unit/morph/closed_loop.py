@@ -182,7 +182,7 @@ class ClosedLoop:
             pairs += length * (job.computed + length / 2)
         if not (decodes or chunks):
             return False
-        self.now += float(self.costs.step_s(self.level, len(decodes), context, prefill, pairs))
+        self.now += self.costs.seconds(self.level, len(decodes), context, prefill, int(pairs))
         for job in decodes:
             job.made += 1
         for job, length in chunks:
