@@ -126,7 +126,8 @@ class MorphSettings:
     signal_stale_s: float = 2.0
     """Age in seconds at which the outer queue's signal no longer counts."""
     costs: str = "auto"
-    """What steps and shifts cost here: `auto`, measured at the first start and kept in a file; `off`, not known."""
+    """What steps and shifts cost here: `auto`, measured at the first start with a mode other than `off`, and kept
+    in a file; `off`, not known."""
     cost_budget_s: float = 5.0
     """Seconds that measuring them may take, roughly; a slow device gets fewer steps to measure."""
     cost_cache: str = ""

@@ -13,7 +13,9 @@ from morph_runtime.morph.levels import LevelPlan
 
 
 def find_costs(parts: EngineParts, plan: LevelPlan, folder: Path) -> StepCosts | None:
-    """The model; None if `morph.costs` is off. The engine serves nobody yet, and is afterwards as it was.
+    """The model; None if `morph.costs` is off, or if the controller is and nothing was measured earlier.
+
+    The engine serves nobody yet, and is afterwards as it was.
 
     Args:
         parts: the engine's.
@@ -25,7 +27,7 @@ def find_costs(parts: EngineParts, plan: LevelPlan, folder: Path) -> StepCosts |
         return None
     cache = CostCache(cache_folder(config), identity(parts, plan, folder))
     costs = cache.load(plan)
-    if costs is None:
+    if costs is None and config.morph.mode != "off":
         measured = measure(parts, plan, config.morph.cost_budget_s)
         costs = measured.costs
         logging.getLogger(__name__).info("cost model: measured in %.1f s", measured.seconds)

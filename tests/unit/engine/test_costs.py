@@ -24,7 +24,7 @@ from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.levels import LevelPlan
 
 PLAN = LevelPlan(range(4), ("w8", "w4"))
-QUICK = {"ladder": ["w8", "w4"], "costs": "auto", "cost_budget_s": 0.1}
+QUICK = {"mode": "balanced", "ladder": ["w8", "w4"], "costs": "auto", "cost_budget_s": 0.1}
 
 
 def state_of(engine: Engine) -> list[Any]:
@@ -181,3 +181,13 @@ def test_a_model_too_slow_to_walk_down_is_measured_with_a_layer_and_the_rest_ext
     assert w8.tolist() == pytest.approx((0.1 * full).tolist()) and w4.tolist() == w8.tolist()
     assert measured.costs.downs_s == measured.costs.ups_s == (1.0, 1.0)
     engine.check_integrity()
+
+
+def test_a_controller_that_is_off_needs_no_measuring(engines: EngineFactory, tiny_model: Path, tmp_path: Path) -> None:
+    settings = {**QUICK, "mode": "off", "cost_cache": str(tmp_path / "cache")}
+    assert engines(tiny_model, morph=settings).parts.costs is None
+    measured = engines(tiny_model, morph={**settings, "mode": "balanced"}).parts.costs
+    assert measured is not None
+    kept = engines(tiny_model, morph=settings).parts.costs
+    assert kept is not None
+    assert kept.to_json() == measured.to_json(), "what was measured earlier is used"
