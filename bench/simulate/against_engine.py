@@ -1,7 +1,7 @@
 """The simulator against the real engine on this CPU: the same short burst through both.
 
     morph costs models/morph-demo --ladder w8,w4 --out PROFILE.json
-    python bench/simulate/against_engine.py --profile PROFILE.json [--out bench/simulate/results/against_engine_cpu.json]
+    python bench/simulate/against_engine.py --profile PROFILE.json [--out RESULT.json]
 
 The engine runs in this process with a stand-in for Triton's queue: at most `line` requests at a time are in it without
 having run. Levels are fixed. Other work on the machine makes real steps slower than those that the profile was measured

@@ -47,7 +47,10 @@ class SimulatedEngine:
         self.used = 0
         self.preemptions = 0
         self.now_s = 0.0
+        self.steps = 0
         self.last_step_s = 0.0
+        self.last_shape = (0, 0, 0, 0)
+        """Of the last step: decodes, what they read, prompt tokens, and pairs, as `StepCosts.seconds` takes them."""
         self._decide = decide
         self._interval_s = interval_s
         self._next_decision_s = 0.0 if decide is not None else math.inf
@@ -189,9 +192,11 @@ class SimulatedEngine:
             else:
                 prefill += length
                 pairs += pairs_of(start, length)
-        seconds = costs.seconds(self.shifts.level, count + again, context, prefill, pairs)
+        self.last_shape = (count + again, context, prefill, pairs)
+        seconds = costs.seconds(self.shifts.level, *self.last_shape)
         end_s = self.now_s + seconds
         self.last_step_s = seconds
+        self.steps += 1
         self._overlap(self.now_s)
         tokens = count
         ended = decodes.advance(1) if count else []
@@ -232,6 +237,8 @@ class SimulatedEngine:
         before = first * (steps - 1) + grow * ((steps - 1) * (steps - 2) // 2)
         end_s = self.now_s + before + first + grow * (steps - 1)
         self.last_step_s = first + grow * (steps - 1)
+        self.last_shape = (count, context + count * (steps - 1), 0, 0)
+        self.steps += steps
         self._overlap(self.now_s + before)
         self.used += decodes.blocks(steps) - taken
         for key in decodes.advance(steps):

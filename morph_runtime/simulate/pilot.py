@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from morph_runtime.config import MorphSettings
+from morph_runtime.costs.correction import StepCorrection
 from morph_runtime.engine.messages import QueueSignal, SamplingParams
 from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.costs import StepCosts
@@ -18,6 +19,10 @@ from morph_runtime.simulate.engine import SimulatedEngine
 
 if TYPE_CHECKING:
     from morph_runtime.scheduler import Request, Scheduler
+
+
+MOST_OBSERVED = 64
+"""Steps between two decisions that count for the correction of the costs."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ class Pilot:
         self._path = path
         self._engine: SimulatedEngine | None = None
         self._signal: QueueSignal | None = None
-        self._entered = self._begun = self._ended = 0
+        self._correction = StepCorrection(costs) if costs is not None else None
+        self._entered = self._begun = self._ended = self._steps = 0
 
     def decide(self, engine: SimulatedEngine) -> None:
         """As `Engine._decide` does: on the way down nothing is asked."""
@@ -137,7 +143,7 @@ class Pilot:
             self._observe(engine)
             load = self._reader.read(
                 engine.now_s, engine.shifts.level, engine.used, cast("Scheduler", self._seen),
-                self._newest_signal(engine), self._settings.signal_stale_s,
+                self._newest_signal(engine), self._settings.signal_stale_s, -1.0, self._slowness(engine),
             )  # fmt: skip
             level = self.controller.decide(load)
             engine.shifts.target = engine.shifts.begun if level == load.level else level
@@ -170,10 +176,22 @@ class Pilot:
             reader.first_token(request, records.first_s[key])
         for key in records.ended[self._ended :]:
             reader.finished(cast("Request", seen.leave(key)), records.last_s[key])
-        if records.spans:
+        if engine.steps > self._steps:
             reader.stepped(engine.last_step_s)
         self._entered, self._begun, self._ended = entered, len(records.begun), len(records.ended)
         seen.look()
+
+    def _slowness(self, engine: SimulatedEngine) -> float:
+        """How much slower steps are than the costs say. The last step stands for all since the last look."""
+        correction, level = self._correction, engine.shifts.level
+        if correction is None:
+            return 1.0
+        if engine.steps > self._steps:
+            predicted_s = correction.costs.seconds(level, *engine.last_shape)
+            for _ in range(min(engine.steps - self._steps, MOST_OBSERVED)):
+                correction.observe(level, predicted_s, engine.last_step_s)
+        self._steps = engine.steps
+        return correction.ratio(level)
 
     def _newest_signal(self, engine: SimulatedEngine) -> QueueSignal:
         """The newest reading of Triton's queue that has arrived."""
