@@ -4,9 +4,9 @@
     python bench/simulate/against_engine.py --profile PROFILE.json [--out RESULT.json]
 
 The engine runs in this process with a stand-in for Triton's queue: at most `line` requests at a time are in it without
-having run. Levels are fixed. Other work on the machine makes real steps slower than those that the profile was measured
-on; so each burst is simulated twice: with the profile as it is, and with all step times multiplied by one factor,
-the busy time of the real run over that of the simulated one.
+having run. Levels are fixed. The clock is the CPU time of this process, so other work on the machine does not count, and
+waiting for the next request takes none of it: the clock is put forward. Each burst is simulated twice: with the profile
+as it is, and with all step times multiplied by one factor, the real steps' time over what the profile says of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import threading
 import time
 from collections import deque
 from dataclasses import replace
@@ -24,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from morph_runtime.config import EngineConfig
+from morph_runtime.costs.correction import StepCorrection
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.core import Engine
 from morph_runtime.engine.messages import SamplingParams, Submit
+from morph_runtime.models.batch import HostBatch
 from morph_runtime.simulate.arrivals import Arrivals
 from morph_runtime.simulate.engine_profile import EngineProfile, read_profile
 from morph_runtime.simulate.result import Result
@@ -49,9 +50,8 @@ def main() -> None:
     for rung in profile.costs.rungs:
         level = profile.level_of(rung)
         engine.set_level(level)
-        real, busy_s = replay(engine, arrivals, profile.line)
+        real, factor = replay(engine, arrivals, profile)
         plain = simulate(profile, arrivals, Policy(rung, level))
-        factor = busy_s / float((plain.steps.end_s - plain.steps.begin_s).sum())
         scaled = simulate(replace(profile, costs=profile.mistaken((factor - 1,))), arrivals, Policy(rung, level))
         rows.append({
             "rung": rung, "factor": factor, "real": real, "simulated": figures(plain), "scaled": figures(scaled),
@@ -80,6 +80,7 @@ def settings(model: str, profile: EngineProfile) -> EngineConfig:
         {
             "model": {"path": model},
             "cache": {"prefix": False},
+            "kernels": {"threads": 1},
             "morph": {"mode": "off", "ladder": list(profile.costs.rungs[1:])},
             "scheduler": {
                 "max_num_seqs": profile.max_num_seqs,
@@ -90,18 +91,35 @@ def settings(model: str, profile: EngineProfile) -> EngineConfig:
     )
 
 
-def replay(engine: Engine, arrivals: Arrivals, line: int) -> tuple[dict[str, float], float]:
-    """Send every request when it is due; TTFT and TPOT percentiles, and the seconds in which steps ran."""
+def replay(engine: Engine, arrivals: Arrivals, profile: EngineProfile) -> tuple[dict[str, float], float]:
+    """Send every request when it is due; TTFT and TPOT percentiles, and how much longer steps took than predicted."""
+    predicted: list[float] = []
+    correction, launch = StepCorrection(profile.costs), engine.parts.runner.launch
+
+    def watched(batch: HostBatch, *rest: Any) -> Any:
+        predicted.append(correction.predict(engine.level, batch))
+        return launch(batch, *rest)
+
+    engine.parts.runner.launch = watched  # type: ignore[method-assign]
+    try:
+        found, busy_s = serve(engine, arrivals, profile.line)
+    finally:
+        engine.parts.runner.launch = launch  # type: ignore[method-assign]
+    return found, busy_s / sum(predicted)
+
+
+def serve(engine: Engine, arrivals: Arrivals, line: int) -> tuple[dict[str, float], float]:
+    """The same, with the seconds in which steps ran."""
     rng = random.Random(1)
     vocab = engine.parts.spec.vocab
     outside = deque(range(len(arrivals)))
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     offset = rng.getrandbits(50)
-    free, busy_s, idle = line, 0.0, threading.Event()
-    began = time.monotonic()
+    free, busy_s, forward = line, 0.0, 0.0
+    began = time.process_time()
     while len(last) < len(arrivals):
-        now = time.monotonic() - began
+        now = time.process_time() - began + forward
         while outside and free and arrivals.arrival_s[outside[0]] <= now:
             key = outside.popleft()
             prompt = [rng.randrange(5, vocab) for _ in range(int(arrivals.prompt_tokens[key]))]
@@ -109,19 +127,19 @@ def replay(engine: Engine, arrivals: Arrivals, line: int) -> tuple[dict[str, flo
             engine.submit(Submit(key=offset + key, prompt=prompt, sampling=sampling, arrival_s=float(key)))
             free -= 1
         if not engine.has_requests:
-            idle.wait(max(0.0, float(arrivals.arrival_s[outside[0]]) - now))
+            forward += max(0.0, float(arrivals.arrival_s[outside[0]]) - now)
             continue
-        step_began = time.monotonic()
+        step_began = time.process_time()
         output = engine.step(decide=False)
-        ended = time.monotonic()
-        busy_s += ended - step_began
+        busy_s += time.process_time() - step_began
+        ended = time.process_time() - began + forward
         if output is None:
             continue
         free += len(output.started)
         for delta in output.tokens:
-            first.setdefault(delta.key - offset, ended - began)
+            first.setdefault(delta.key - offset, ended)
         for done in output.finished:
-            last[done.key - offset] = ended - began
+            last[done.key - offset] = ended
     ttft = np.array([first[k] for k in range(len(arrivals))]) - arrivals.arrival_s
     tpot = [(last[k] - first[k]) / (arrivals.output_tokens[k] - 1) for k in range(len(arrivals))]
     return percentiles(ttft, np.array(tpot)), busy_s
