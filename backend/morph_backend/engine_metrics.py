@@ -39,6 +39,13 @@ class EngineMetrics:
         record.gauge("morph_kv_dtype", 1, dtype=info.kv_dtype)
         record.gauge("morph_memory_bytes", info.budget_bytes, kind="budget")
         record.declare("morph_engine_restarts_total")
+        record.gauge("morph_cap", 1)
+        record.gauge("morph_slo_feasible", 1)
+        record.gauge("morph_gpu_memory_used_ratio", 0)
+        for signal in ("queue", "costs"):
+            record.gauge("morph_signal_ok", 0, signal=signal)
+        for what in ("prompt", "output", "queue_age"):
+            record.gauge("morph_estimate_error", 0, what=what)
         for kv in ("clean", "degraded"):
             record.declare("morph_computed_tokens_total", kv=kv)
         record.gauge(_REQUESTS, info.max_num_seqs, request_type="max")
@@ -105,8 +112,7 @@ class EngineMetrics:
             record.gauge("morph_signal_ok", 1 if there else 0, signal=signal)
         for what, error in stats.estimate_errors.items():
             record.gauge("morph_estimate_error", error, what=what)
-        if stats.gpu_used_share >= 0:
-            record.gauge("morph_gpu_memory_used_ratio", stats.gpu_used_share)
+        record.gauge("morph_gpu_memory_used_ratio", max(0.0, stats.gpu_used_share))
 
     def _waiting(self) -> None:
         self._recorder.gauge("vllm:num_requests_waiting", self._outer + self._line)

@@ -286,7 +286,6 @@ class Engine:
         settings, shifter = self._parts.config.morph, self._parts.shifter
         if shifter.target > shifter.level:
             return  # on the way down; asking again half-way would only repeat the decision
-        self._next_decision_s = now + settings.interval_s
         load = self._statistics.read(
             now, self.level, self._parts.pool.num_used, self._parts.scheduler, self._queue, settings.signal_stale_s,
             self._gpu_used_share, 1.0 if self._correction is None else self._correction.ratio(self.level),
@@ -294,6 +293,7 @@ class Engine:
         level = self._parts.controller.decide(load)
         # To stay is to stop where the layers under way will have changed, not to change them back.
         shifter.target = shifter.begun if level == load.level else level
+        self._next_decision_s = now + max(settings.interval_s, self._parts.controller.pause_s)
 
     # -- what others may know ------------------------------------------------------------------------------------
 

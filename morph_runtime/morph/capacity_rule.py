@@ -21,6 +21,9 @@ from morph_runtime.morph.modes import Choice, ModeTargets
 class CapacityRule:
     """Pure but for its memory: the same readings give the same choices."""
 
+    pause_s = 0.0
+    """Seconds for which it wants to see no other load."""
+
     def __init__(self, settings: MorphSettings) -> None:
         self._settings = settings
         self._bound_since: float | None = None

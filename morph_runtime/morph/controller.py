@@ -44,6 +44,7 @@ class Controller:
         """Whether some permitted level was forecast to meet the SLOs at the last decision."""
         self._fresh: list[Decision] = []
         self._last_hold = ""
+        self._heading: int | None = None
         self.counts: dict[str, int] = {}
 
     @property
@@ -78,6 +79,11 @@ class Controller:
         """Whether it decides by forecast."""
         return isinstance(self._rule, PredictionRule)
 
+    @property
+    def pause_s(self) -> float:
+        """Seconds after a decision for which another load would not be looked at."""
+        return self._rule.pause_s
+
     def decide(self, load: Load) -> int:
         """The level to go to. A decision is logged and counted with its reason; where the rule wants to see no more
         than it has seen a moment ago, the level stays as it is."""
@@ -107,6 +113,10 @@ class Controller:
     def _record(self, load: Load, choice: Choice) -> None:
         target = choice.target
         action = "hold" if target == load.level else ("down" if target > load.level else "up")
+        heading = None if action == "hold" else target
+        if heading is not None and heading == self._heading:
+            return  # on the way there: no new decision
+        self._heading = heading
         key = f"{action}/{choice.reason}"
         self.counts[key] = self.counts.get(key, 0) + 1
         if action == "hold" and choice.reason == self._last_hold:

@@ -51,7 +51,7 @@ class Choice:
         target: the level to go to.
         reason: one word for the log and the counters.
         considered: what was forecast of the levels that mattered.
-        met: whether the SLOs are expected to be met at `target`.
+        met: whether some level that may be used is expected to meet the SLOs.
         held: the same as last time, with no new look at the load.
     """
 

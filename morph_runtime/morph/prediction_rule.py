@@ -25,7 +25,9 @@ LEAST_GAIN = 0.1
 NO_LOSS = 0.02
 """Share by which the score may grow where degradation does not help and is taken back."""
 LOOK_S, CALM_S = 0.1, 0.25
-"""Least time between two forecasts; the second at level 0 while nothing waits outside the engine."""
+"""Least time between two forecasts; the second at level 0 while nothing waits outside the engine, and after `SAME`
+decisions to hold for the same reason."""
+SAME = 5
 REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 """A down-shift within REGRET_S of an up-shift adds CAUTION to the factor on arrivals; it fades over FORGET_S."""
 PART_WAY = 3.0
@@ -45,16 +47,26 @@ class PredictionRule:
         self._caution = 0.0
         self._caution_s = 0.0
         self._next_s = -math.inf
+        self.pause_s = 0.0
+        """Seconds for which it wants to see no other load."""
         self._last_reason = ""
+        self._holds = 0
 
     def choose(self, load: Load, mode: ModeTargets, deepest: int) -> Choice:
         """The level to go to; none deeper than `deepest`, and the present one is not."""
+        # Idle or not, at level 0 with nothing outside the engine there is little to foresee.
         calm = load.level == 0 and load.pending == 0 and load.head_fits and self._late_since is None
         if load.now_s < self._next_s:
             return Choice(load.level, self._last_reason, held=True)
-        self._next_s = load.now_s + (CALM_S if calm else LOOK_S)
+        if calm and not len(load.running) and not load.backlog:
+            return Choice(0, "slo_met")
+        same = self._holds >= SAME and self._late_since is None
+        self.pause_s = CALM_S if calm or same else LOOK_S
+        self._next_s = load.now_s + self.pause_s
         here, lasting, safe = self._forecasts(load, mode, deepest)
         choice = self._weigh(load, mode, deepest, here, lasting, safe)
+        holds = choice.target == load.level and choice.reason == self._last_reason
+        self._holds = self._holds + 1 if holds else 0
         self._last_reason = choice.reason
         if choice.target > load.level:
             if load.now_s - self._last_up_s < REGRET_S:
@@ -141,4 +153,4 @@ def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: i
         )
         for k in shown
     ]  # fmt: skip
-    return Choice(target, reason, considered, met=bool(forecast.score[target] <= MET))
+    return Choice(target, reason, considered, met=bool(forecast.score.min() <= MET))

@@ -147,6 +147,7 @@ class Pilot:
             )  # fmt: skip
             level = self.controller.decide(load)
             engine.shifts.target = engine.shifts.begun if level == load.level else level
+            engine.plan_decision(engine.now_s + max(self._settings.interval_s, self.controller.pause_s))
             self.controller.take_decisions()
 
     @property
