@@ -4,8 +4,8 @@
     python bench/simulate/against_engine.py --profile PROFILE.json [--out RESULT.json]
 
 The engine runs in this process with a stand-in for Triton's queue: at most `line` requests at a time are in it without
-having run. Levels are fixed. The clock is the CPU time of this process, so other work on the machine does not count, and
-waiting for the next request takes none of it: the clock is put forward. Each burst is simulated twice: with the profile
+having run. Levels are fixed. The clock is the CPU time of this process, so other work on the machine does not count;
+where the engine would wait for a request, the clock is put forward. Each burst is simulated twice: with the profile
 as it is, and with all step times multiplied by one factor, the real steps' time over what the profile says of them.
 """
 

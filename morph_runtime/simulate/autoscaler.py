@@ -62,8 +62,8 @@ class Autoscaler:
         ratio = max(pending / s.target_pending, queue_s / s.target_queue_s)
         wish = replicas if abs(ratio - 1) <= s.tolerance else math.ceil(replicas * ratio)
         wish = min(max(wish, s.min_replicas), s.max_replicas)
-        if not self._wishes:  # as if it had been like this for ever
-            self._wishes.append((now_s - s.down_stabilization_s, replicas))
+        if not self._wishes:  # as Kubernetes does: what there is counts as the first wish
+            self._wishes.append((now_s, replicas))
         self._wishes.append((now_s, wish))
         while self._wishes[0][0] < now_s - s.down_stabilization_s:
             self._wishes.popleft()

@@ -91,7 +91,8 @@ class Reference:
             launched = self._launch(plan) if plan.slices else None
             if launched is None and self.flight is None:
                 events = [inside[0][0]] if inside else []
-                events += [self.script[0][0]] if self.script else []
+                # An idle engine at level 0 has nothing to decide.
+                events += [self.script[0][0]] if self.script and (self.shifts.level or self.shifts.busy) else []
                 self.now = max(self.now, min([*events, self.shifts.next_s]))
             unfinished -= self._settle()
             self.flight = launched

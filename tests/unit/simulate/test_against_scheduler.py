@@ -39,7 +39,7 @@ def assert_same_times(engine: SimulatedEngine, reference: Reference, count: int)
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(requests=REQUESTS, level=st.sampled_from([0, 3, 8]), line=st.integers(1, 4), seqs=st.integers(1, 6))
 def test_first_and_last_tokens_come_when_the_scheduler_makes_them(
     overlap: bool, requests: list[tuple[float, int, int]], level: int, line: int, seqs: int
@@ -52,7 +52,7 @@ def test_first_and_last_tokens_come_when_the_scheduler_makes_them(
     assert_same_times(engine, reference, len(arrivals))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(requests=REQUESTS, script=st.lists(st.tuples(st.floats(0.001, 0.4), st.integers(0, 8)), max_size=8))
 def test_levels_and_capacities_that_change_on_the_way_make_no_difference(
     requests: list[tuple[float, int, int]], script: list[tuple[float, int]]
