@@ -115,7 +115,7 @@ class SimulatedEngine:
         self._releasing.clear()
         if self.shifts.busy:
             event_s = min(event_s, self.shifts.next_s)
-        if self.shifts.level or self.shifts.busy:
+        if self.shifts.level or self.shifts.busy or self._next_decision_s <= self.now_s:
             event_s = min(event_s, self._next_decision_s)
         self.now_s = max(self.now_s, min(event_s, until_s))
         return self.now_s >= until_s
