@@ -75,6 +75,7 @@ class Shifts:
         if self._direction > 0:
             self.down += 1
             self.capacity = self._capacities[self.level]
+            self._room = self.level
         else:
             self.up += 1
         self._direction = 0

@@ -86,7 +86,7 @@ def test_the_autoscaler_waits_before_it_adds_and_longer_before_it_removes() -> N
     sizes, now = [2], 0.0
     while now < 1500:
         now += 15.0
-        pending = 40.0 if 100 <= now < 300 else 0.0
+        pending = 40.0 if 100 <= now < 400 else 0.0
         sizes.append(scaler.desired(now, sizes[-1], pending, 0.0))
     assert sizes[:6] == [2] * 6  # an idle start takes nothing away at once
     first_more = 15.0 * next(i for i, (a, b) in enumerate(pairwise(sizes), 1) if b > a)
@@ -94,7 +94,7 @@ def test_the_autoscaler_waits_before_it_adds_and_longer_before_it_removes() -> N
     assert sizes[int(first_more // 15)] == 4  # at most twice as many at a time
     assert max(sizes) == 8
     first_less = next(15.0 * i for i, (a, b) in enumerate(pairwise(sizes), 1) if b < a)
-    assert first_less >= 300 + 585
+    assert first_less >= 400 + 585
 
 
 @pytest.mark.parametrize(
