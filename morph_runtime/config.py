@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -19,7 +20,9 @@ from morph_runtime.slo import parse_classes
 
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
 RUNGS = ("w8", "w4")
+PINS = ("", "full", *RUNGS)
 KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
@@ -39,6 +42,9 @@ class ModelSettings:
     rounded to nearest."""
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: bfloat16 on every device. float32 is meant for equality tests."""
+    load_format: str = "auto"
+    """`auto`: the folder's weights; `dummy`: seeded random ones in the shapes of its config.json, for benchmarks (the
+    name is vLLM's)."""
     max_model_len: int = 0
     """Tokens of prompt + output per request; 0: the model's limit, lowered to what base KV capacity holds."""
     verify_pack: bool = False
@@ -108,6 +114,9 @@ class MorphSettings:
     order: str = "auto"
     """Layer order: `auto` (the pack's, else `front_to_back`), `front_to_back`, `back_to_front`, comma-separated layer
     numbers (a permutation), or an order file of `morph profile` (its order for the ladder's deepest rung)."""
+    pin: str = ""
+    """Serve with every layer at this rung from start to end, the controller asleep whatever the mode: `full`, or a rung
+    of the ladder, with the KV capacity of its level. For static baselines. Empty: the controller decides."""
     ttft_slo_s: float = 2.0
     """Seconds from arrival to first token that the controller tries to hold."""
     tpot_slo_s: float = 0.0
@@ -220,6 +229,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODEL": ("model", "path"),
     "MORPH_AWQ": ("model", "awq_path"),
     "MORPH_DTYPE": ("model", "dtype"),
+    "MORPH_LOAD_FORMAT": ("model", "load_format"),
     "MORPH_PACK_SOURCE": ("model", "pack_source"),
     "MORPH_MAX_MODEL_LEN": ("model", "max_model_len"),
     "MORPH_MEMORY_BUDGET_GIB": ("memory", "budget_gib"),
@@ -234,6 +244,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODE": ("morph", "mode"),
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
+    "MORPH_PIN": ("morph", "pin"),
     "MORPH_TTFT_SLO_S": ("morph", "ttft_slo_s"),
     "MORPH_TPOT_SLO_S": ("morph", "tpot_slo_s"),
     "MORPH_SLO_CLASSES": ("morph", "slo_classes"),
@@ -274,7 +285,7 @@ def validate(config: EngineConfig) -> None:
     ]
     for name, value, low, high in limits:
         if not (math.isfinite(value) and low <= value <= high):
-            raise ConfigError(f"{name} must be between {low:g} and {high:g}, but is {value}.")
+            raise ConfigError(f"{name} must be between {low:.15g} and {high:.15g}, but is {value}.")
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise ConfigError(
             f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
@@ -286,6 +297,7 @@ def validate(config: EngineConfig) -> None:
     parse_classes(config.morph.slo_classes, config.morph.ttft_slo_s, config.morph.tpot_slo_s)
     _one_of("morph.costs", config.morph.costs, COSTS)
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("model.load_format", config.model.load_format, LOAD_FORMATS)
     _one_of("overlap", config.overlap, OVERLAPS)
     _one_of("device", config.device, ("cpu", "cuda"))
     for rung in config.morph.ladder:
@@ -294,8 +306,24 @@ def validate(config: EngineConfig) -> None:
         raise ConfigError("morph.ladder must name each rung at most once and at least one of: w8, w4.")
     if list(config.morph.ladder) != [r for r in RUNGS if r in config.morph.ladder]:
         raise ConfigError("morph.ladder must go from mild to deep: w8 before w4.")
+    _one_of("morph.pin", config.morph.pin, PINS)
+    if config.morph.pin not in ("", "full", *config.morph.ladder):
+        raise ConfigError(
+            f"morph.pin is {config.morph.pin}, which morph.ladder ({','.join(config.morph.ladder)}) does not have: set "
+            f"MORPH_LADDER={config.morph.pin} too."
+        )
     if config.model.awq_path and "w4" not in config.morph.ladder:
         raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
+
+
+def with_variables(sentence: str) -> str:
+    """An error's sentence, with the environment's name beside the field that it is about: who reads it has set that."""
+    for variable, (section, key) in ENVIRONMENT.items():
+        name = f"{section}.{key}" if section else key
+        place = rf"(?<![\w.]){re.escape(name)}(?![\w.])" if section else rf"^{name}\b"
+        if variable not in sentence:
+            sentence = re.sub(place, f"{name} ({variable})", sentence, count=1)
+    return sentence
 
 
 def log_level(env: Mapping[str, str]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 
 from morph_runtime.engine.messages import Considered, Decision
 
@@ -31,7 +33,7 @@ def _forecast(level: Considered) -> str:
 
 
 class DecisionLog:
-    """Writes each change of level as one line; decisions to hold are left to the metrics.
+    """Writes each change of level as one line that ends with its time; decisions to hold are left to the metrics.
 
     It has a handler of its own: what the controller does is shown at INFO whatever level the rest is logged at.
     """
@@ -49,6 +51,8 @@ class DecisionLog:
     def __call__(self, decisions: Sequence[Decision]) -> None:
         """Decisions in the order in which they were made."""
         if self._enabled:
+            monotonic_to_unix = time.time() - time.monotonic()
             for decision in decisions:
                 if decision.action != "hold":
-                    self._logger.info("%s", decision_line(decision))
+                    at = datetime.fromtimestamp(decision.at_s + monotonic_to_unix, timezone.utc)
+                    self._logger.info("%s at=%s", decision_line(decision), at.isoformat(timespec="milliseconds"))

@@ -203,7 +203,7 @@ class Engine:
         """
         began = time.monotonic()
         self._parts.shifter.poll()
-        if decide and began >= self._next_decision_s:
+        if decide and not self._parts.config.morph.pin and began >= self._next_decision_s:
             self._decide(began)
         scheduler, intake = self._parts.scheduler, self._parts.intake
         self._news.finished += intake.admit()

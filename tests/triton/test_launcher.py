@@ -23,7 +23,7 @@ def launch(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
         **environment,
     }
     command = [sys.executable, "-m", "morph_backend.launcher", *arguments]
-    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
 
 
 def ports() -> dict[str, str]:
@@ -38,11 +38,15 @@ def ports() -> dict[str, str]:
         ({"MORPH_HTTP_PORT": "x"}, "MORPH_HTTP_PORT must be a port between 1 and 65535, but is 'x'."),
         ({"MORPH_GRPC_PORT": "70000"}, "MORPH_GRPC_PORT must be a port"),
         ({"MORPH_HTTP_PORT": "8001"}, "must be three different ports"),
-        ({"MORPH_MODE": "fast"}, "morph.mode must be one of accuracy, balanced, performance, off, but is 'fast'."),
+        (
+            {"MORPH_MODE": "fast"},
+            "morph.mode (MORPH_MODE) must be one of accuracy, balanced, performance, off, but is 'fast'.",
+        ),
         ({"MORPH_MAX_NUM_SEQS": "many"}, "MORPH_MAX_NUM_SEQS must be a whole number, but is 'many'."),
         ({"MORPH_LOG_LEVEL": "loud"}, "MORPH_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
         ({"MORPH_DRAIN_S": "-1"}, "MORPH_DRAIN_S must be between 0 and 3600 seconds"),
         ({"MORPH_HOST": "203.0.113.1"}, "MORPH_HOST '203.0.113.1' is not an address of this machine."),
+        ({"MORPH_MEMORY_BUDGET_GB": "4"}, "MORPH_MEMORY_BUDGET_GB is no setting: MORPH_MEMORY_BUDGET_GIB is meant"),
         ({"MORPH_MODEL_REPOSITORY": "/no/such"}, "The model repository '/no/such' has no 'morph/config.pbtxt'."),
     ],
 )
@@ -56,9 +60,13 @@ def test_bad_settings_are_one_sentence(
 
 
 def test_a_check_alone_starts_nothing(tmp_path: Path, tiny_model: Path) -> None:
-    done = launch(tmp_path, "--check", MORPH_MODEL=str(tiny_model), MORPH_MODE="off", MORPH_LOG_LEVEL="")
+    demo = str(ROOT / "models" / "morph-demo")
+    done = launch(tmp_path, "--check", MORPH_MODEL=demo, MORPH_MODE="off", MORPH_LOG_LEVEL="")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{tiny_model} can be served, mode off.\n"
+    assert done.stdout.startswith(f"{demo} can be served, mode off: 12 layers, context 2,048 tokens; ")
+    done = launch(tmp_path, "--check", MORPH_MODEL=demo, MORPH_MEMORY_BUDGET_GIB="0.01")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("memory.budget_gib (MORPH_MEMORY_BUDGET_GIB) is 0.01, but this model needs at least")
     done = launch(tmp_path, "--check", MORPH_MODEL=str(tiny_model), MORPH_TRITON_DIR=str(tmp_path))
     assert done.returncode == 2 and "is no Triton with a Python backend" in done.stderr
 
@@ -128,7 +136,7 @@ def test_it_listens_on_this_machine_alone(server: TritonServer) -> None:
 def too_new_python() -> str | None:
     """A Python 3.13 that really runs, if this machine has one."""
     found = shutil.which("python3.13")
-    if found is None or subprocess.run([found, "-c", ""], capture_output=True, timeout=60).returncode:
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True, timeout=200).returncode:
         return None
     return found
 
@@ -139,6 +147,6 @@ def test_a_python_that_is_too_new_is_one_sentence(tmp_path: Path) -> None:
         pytest.skip("there is no Python 3.13 here")
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'backend'}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, "-m", "morph_backend.launcher"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert done.stderr.startswith("Python 3.13 cannot run the embedded Triton") and done.stderr.count("\n") == 1

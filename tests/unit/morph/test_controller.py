@@ -7,7 +7,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from morph_runtime.config import MorphSettings
@@ -120,6 +120,7 @@ def test_a_mode_with_a_lower_cap_takes_levels_back_at_once() -> None:
 @given(
     st.lists(st.integers(0, 3), min_size=400, max_size=400), st.sampled_from(["accuracy", "balanced", "performance"])
 )
+@settings(max_examples=25, deadline=None)
 def test_a_load_that_flickers_around_the_capacity_reverses_at_most_once_per_dwell(
     pending: list[int], mode: str
 ) -> None:
