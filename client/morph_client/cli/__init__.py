@@ -21,6 +21,7 @@ from morph_client.cli import (
     quantize,
     replay,
     serve,
+    simulate,
     top,
     traces,
 )
@@ -54,6 +55,7 @@ def build_app() -> typer.Typer:
     app.command("quality", short_help="Measure what each level costs in quality.")(quality.quality)
     app.command("costs", short_help="Show what steps and shifts cost on this machine.")(costs.costs)
     app.command("profile", short_help="Find the order in which layers go down.")(profile.profile)
+    app.command("simulate", short_help="Simulate the engine and its controller over a trace.")(simulate.simulate)
     return app
 
 
