@@ -1,7 +1,7 @@
 """Half an hour of steady Poisson load under the controller: `python bench/simulate/steady.py`.
 
-At 0.6 of what full precision serves the level must never change, at 1.1 it may turn twice a minute. The queue's signal is
-200 ms late. Writes results/steady.json.
+At 0.6 of what full precision serves the level must never change, at 1.1 it may turn twice a minute. The queue's signal
+is 200 ms late. Writes results/steady.json.
 """
 
 from __future__ import annotations
