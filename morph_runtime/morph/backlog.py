@@ -47,7 +47,7 @@ class Backlog:
         blocks: float64 [P], blocks to take.
         begun: requests at its front that hold their blocks already (prefills under way).
         length: requests that are here now, in the engine and in the outer queue.
-        prompt: mean tokens to compute of a request.
+        prompt: mean tokens to compute of a request that is not begun.
         reach: mean number of tokens that one of these attends to.
         output: mean tokens that a request will generate.
         sample: requests whose TTFT counts.
@@ -78,9 +78,11 @@ def backlog_of(load: Load) -> Backlog:
     seen, pending = len(compute), float(load.pending)
     length = seen + pending
     steps = np.array([pending, ENDLESS])
-    total = float(compute.sum()) + pending * prompt
-    pairs = float((compute * attended).sum()) + pending * prompt * (typical.cached + prompt / 2)
-    lined = len(waiting) + pending
+    # Means are of what is still to get in, the next to come among it: what is left of a prefill is no prompt's length.
+    lined, unseen = len(waiting) + pending, pending + 1.0
+    entering = float(compute[len(under_way) :].sum()) + unseen * prompt
+    total = float(compute.sum()) + unseen * prompt
+    pairs = float((compute * attended).sum()) + unseen * prompt * (typical.cached + prompt / 2)
     output = (float(waiting.output.sum()) + pending * typical.output) / lined if lined else typical.output
     return Backlog(
         place=np.concatenate([np.arange(seen + 1.0), seen + np.cumsum(steps)]),
@@ -88,8 +90,8 @@ def backlog_of(load: Load) -> Backlog:
         blocks=np.cumsum(np.concatenate([[0.0], take, steps * max(own - shared, 1.0)])),
         begun=len(under_way),
         length=length,
-        prompt=total / length if length else prompt,
-        reach=pairs / total if total else typical.cached + prompt / 2,
+        prompt=entering / (lined + 1.0),
+        reach=pairs / total,
         output=max(output, 1.0),
         sample=_sample(load, under_way, seen, pending),
     )

@@ -20,8 +20,9 @@ from morph_runtime.morph.modes import Choice, ModeTargets
 
 MET = 0.002
 """A score up to this counts as meeting the SLOs."""
-LEAST_GAIN = 0.1
-"""Share of the score that a step must take away to be worth it."""
+LEAST_GAIN, LEAST_SCORE = 0.1, 0.02
+"""What a step must take away of the score to be worth it: a share of it; and below level 0 so much (overruns of 2 %),
+for the last few late requests of a burst are not worth what a rung that is slow at prefill costs the others."""
 NO_LOSS = 0.02
 """Share by which the score may grow where degradation does not help and is taken back."""
 LOOK_S, CALM_S = 0.1, 0.25
@@ -30,8 +31,9 @@ decisions to hold for the same reason."""
 SAME = 5
 REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 """A down-shift within REGRET_S of an up-shift adds CAUTION to the factor on arrivals; it fades over FORGET_S."""
-PART_WAY = 3.0
-"""Dwell times for an up-shift that does not reach level 0."""
+PART_WAY, SETTLED_S = 3.0, 45.0
+"""Dwell times for an up-shift that does not reach level 0, and the least time since the last down-shift: a load that
+stays moves about, and to follow it would turn the level back and forth."""
 
 
 class PredictionRule:
@@ -100,7 +102,8 @@ class PredictionRule:
         up, fit = self._way_back(load, mode, safe)
         best = float(score.min())
         met = bool(score[level] <= MET)
-        if met or score[level] - best < max(MET, LEAST_GAIN * score[level]):
+        least_gain = max(LEAST_SCORE if level else MET, LEAST_GAIN * float(score[level]))
+        if met or score[level] - best < least_gain:
             self._late_since = None
             if up is not None:
                 return choice(up, "slo_met_at_milder" if met else "no_gain")
@@ -131,6 +134,8 @@ class PredictionRule:
         dwelt: Floats = load.now_s - self._unfit_s[:level]
         needed = np.full(level, PART_WAY * self._settings.dwell_s)
         needed[:1] = self._settings.dwell_s
+        if load.now_s - self._last_down_s < SETTLED_S:
+            needed[1:] = math.inf
         ready = np.flatnonzero(fit & (dwelt >= needed))
         return (int(ready[0]) if len(ready) else None), bool(fit.any())
 

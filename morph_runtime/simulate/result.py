@@ -86,9 +86,9 @@ class Result:
             level, direction = new, now
         return found
 
-    def most_reversals(self, window_s: float = 60.0) -> int:
-        """The most reversals within any window."""
-        times = np.array(self.reversals)
+    def most_reversals(self, window_s: float = 60.0, until_s: float = np.inf) -> int:
+        """The most reversals within any window, of those up to `until_s`."""
+        times = np.array([at for at in self.reversals if at <= until_s])
         return int(
             max((np.searchsorted(times, t + window_s, side="right") - i for i, t in enumerate(times)), default=0)
         )

@@ -72,25 +72,21 @@ def test_a_steady_load_at_60_percent_of_kv_capacity_moves_nothing(
     assert simulate(kv_bound, load, morphing(error=error)).changes == []
 
 
-@pytest.mark.xfail(
-    reason="The forecast sees TTFTs of 4 s for 11.6 prompts of 2,048 tokens a second, 0.6 of what is served, with "
-    "nothing waiting: level 57 after 5 s."
-)
 def test_a_steady_load_at_60_percent_of_compute_capacity_moves_nothing(compute_bound: EngineProfile) -> None:
     load = steady(0.6 * capacity(compute_bound, 2048, 32), 20, 2048, 32, seed=1)
     assert simulate(compute_bound, load, morphing()).changes == []
 
 
-@pytest.mark.xfail(reason="Three reversals within a minute at 1.1 of capacity, with Poisson arrivals of seed 1.")
 @pytest.mark.parametrize("bound", ["kv", "compute"])
 def test_above_capacity_the_level_turns_at_most_twice_a_minute(
     bound: str, kv_bound: EngineProfile, compute_bound: EngineProfile
 ) -> None:
     profile, prompt, output = (kv_bound, 512, 256) if bound == "kv" else (compute_bound, 2048, 32)
-    load = steady(1.1 * capacity(profile, prompt, output), 65, prompt, output, seed=1)
-    result = simulate(profile, load, morphing())
-    assert result.changes  # it has something to do
-    assert result.most_reversals() <= 2
+    for seed in (1, 2):
+        load = steady(1.1 * capacity(profile, prompt, output), 90, prompt, output, seed=seed)
+        result = simulate(profile, load, morphing())
+        assert result.changes  # it has something to do
+        assert result.most_reversals(until_s=float(load.arrival_s[-1])) <= 2
 
 
 @pytest.mark.parametrize("mode", ["accuracy", "balanced", "performance"])
