@@ -31,7 +31,7 @@ decisions to hold for the same reason."""
 SAME = 5
 REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 """A down-shift within REGRET_S of an up-shift adds CAUTION to the factor on arrivals; it fades over FORGET_S."""
-PART_WAY, SETTLED_S = 3.0, 45.0
+PART_WAY, SETTLED_S = 3.0, 61.0
 """Dwell times for an up-shift that does not reach level 0, and the least time since the last down-shift: a load that
 stays moves about, and to follow it would turn the level back and forth."""
 
