@@ -9,17 +9,20 @@ from typing import Annotated
 
 import typer
 
+from morph_client.cli import replay_options as options
 from morph_client.cli.common import stderr, stdout
 from morph_client.cli.server_part import run_module
 from morph_client.errors import MissingDependency
+from morph_client.replay_plan import Cuts
 from morph_client.report import files, simulate_plot, simulate_table
-from morph_client.traces import clip, cut_window, read_trace, speed_up, thin
+from morph_client.trace_store import find_trace
+from morph_client.traces import read_trace
 
 SIMULATOR = "morph_runtime.simulate"
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="A CSV file: ours, Azure 2023 or BurstGPT, told by its columns.")],
+    trace: options.TraceArgument,
     profile: Annotated[Path, typer.Option(help="Engine profile (JSON): costs, KV capacities and limits of an engine.")],
     slo: Annotated[float, typer.Option(help="Target for the first token, in seconds.")] = 2.0,
     tpot_slo: Annotated[float, typer.Option(help="Target per further token, in seconds; 0: none.")] = 0.0,
@@ -38,19 +41,24 @@ def simulate(
     replicas: Annotated[list[str] | None, typer.Option(help="A fleet: auto, or a number; repeatable.")] = None,
     replica_start: Annotated[float | None, typer.Option(help="Seconds until a new server is ready.")] = None,
     max_replicas: Annotated[int | None, typer.Option(min=1, help="The autoscaler's limit.")] = None,
-    speed: Annotated[float, typer.Option(help="Divide all times by this.")] = 1.0,
-    thinning: Annotated[float, typer.Option("--thin", help="Keep one request in this many, drawn at random.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="For the thinning.")] = 0,
-    offset: Annotated[float, typer.Option(help="Start this many seconds into the trace.")] = 0.0,
-    window: Annotated[float | None, typer.Option(help="Simulate this many seconds of the trace.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut longer prompts.")] = None,
-    max_output_tokens: Annotated[int | None, typer.Option(help="Cut longer outputs.")] = None,
-    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Drop rows of 0 tokens (failed requests).")] = False,
+    speed: options.SpeedOption = 1.0,
+    thin: options.ThinOption = 1.0,
+    keep_every: options.KeepEveryOption = 1,
+    seed: options.SeedOption = 0,
+    offset: options.OffsetOption = 0.0,
+    window: options.WindowOption = None,
+    max_prompt_tokens: options.MaxPromptOption = None,
+    max_output_tokens: options.MaxOutputOption = None,
+    fixed_prompt: options.FixedPromptOption = None,
+    fixed_output: options.FixedOutputOption = None,
+    skip_empty: options.SkipEmptyOption = False,
     out: Annotated[Path | None, typer.Option(help="JSON file; the picture is written beside it as .png.")] = None,
 ) -> None:
     """What morphing would do to a trace: the real controller on a model of the engine, hours in seconds."""
-    cut = cut_window(read_trace(trace, skip_zero_tokens=skip_empty), offset, window)
-    cut = clip(speed_up(thin(cut, thinning, seed), speed), max_prompt_tokens, max_output_tokens)
+    cuts = Cuts(
+        offset, window, keep_every, thin, seed, speed, max_prompt_tokens, max_output_tokens, fixed_prompt, fixed_output
+    )
+    cut = cuts.apply(read_trace(find_trace(trace), skip_zero_tokens=skip_empty))
     given = {
         "--dwell": dwell, "--interval": interval, "--signal-delay": signal_delay, "--model-error": model_error,
         "--replica-start": replica_start, "--max-replicas": max_replicas,
