@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.chaos import check, plan, streams
+from tests.chaos.replay import Replayer
 from triton_server import TritonServer, real_repository
 from wire_client import until
 
@@ -70,7 +71,8 @@ class Report:
         yield f"seed {self.weather.seed}, {self.weather.seconds:g} s, levels {self.weather.levels}"
         yield (
             f"streams: {verdict.ended} ended, {verdict.left} left by their client, {len(verdict.wrong)} wrong; "
-            f"{verdict.shifted} saw quantized layers, {verdict.ties} near ties, "
+            f"{len(verdict.shifted)} saw quantized layers ({verdict.replayed} of their tokens computed again), "
+            f"{verdict.ties} near ties, "
             f"{verdict.blamed} blamed for two faults in a row"
         )
         yield f"faults: {', '.join(f'{self.done.count(what)} x {what}' for what in sorted(set(self.done))) or 'none'}"
@@ -88,6 +90,7 @@ class Report:
         return {
             "seed": self.weather.seed, "seconds": self.weather.seconds, "levels": self.weather.levels,
             "streams": self.verdict.ended, "left": self.verdict.left, "wrong": len(self.verdict.wrong),
+            "shifted": len(self.verdict.shifted), "replayed_tokens": self.verdict.replayed,
             "near_ties": self.verdict.ties, "blamed": self.verdict.blamed,
             "faults": {w: self.done.count(w) for w in sorted(set(self.done))},
             "restarts": self.restarts, "shifts": self.shifts, "start_s": round(self.start_s, 2),
@@ -122,6 +125,8 @@ def storm(weather: Weather, folder: Path) -> Report:
             report.complaints.append(f"left behind: {left}")
     finally:
         server.stop()
+    if report.verdict.shifted:
+        report.verdict.replay(Replayer.of_model(""))
     return report
 
 
@@ -175,6 +180,7 @@ class Clients:
 
     def __init__(self, server: TritonServer, weather: Weather, seen: list[streams.Seen]) -> None:
         self._server, self._weather, self._seen = server, weather, seen
+        self._trace = weather.levels == "free"
         self._asks = plan.asks(weather.seed, weather.max_tokens)
         self._lock = threading.Lock()
         self._turn = threading.Condition()
@@ -207,7 +213,7 @@ class Clients:
                     return
             with self._lock:
                 ask = next(self._asks)
-            seen = streams.run(self._server, ask, 240.0 if ask.way == "generate" else 60.0)
+            seen = streams.run(self._server, ask, 240.0 if ask.way == "generate" else 60.0, self._trace)
             with self._lock:
                 self._seen.append(seen)
 
