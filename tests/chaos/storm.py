@@ -10,9 +10,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import false_clock
 from tests.chaos import check, plan, streams
 from tests.chaos.replay import Replayer
 from triton_server import TritonServer, real_repository
@@ -34,6 +36,7 @@ class Weather:
         levels: `fixed` (full precision) or `free` (little KV cache, so that bursts bring shifts).
         max_tokens: of the longest requests.
         silence_s: after which a stopped engine counts as wedged.
+        clock: set the server's wall clock at random, as often as there are faults; needs libfaketime.
     """
 
     seed: int
@@ -43,6 +46,7 @@ class Weather:
     levels: str = "fixed"
     max_tokens: int = 180
     silence_s: int = 4
+    clock: bool = False
 
 
 @dataclass
@@ -112,13 +116,19 @@ def storm(weather: Weather, folder: Path) -> Report:
         "MORPH_MODE": "off" if weather.levels == "fixed" else "performance",
         "MORPH_MAX_NUM_SEQS": "16",
     }
+    clock = None
+    if weather.clock:
+        preload = false_clock.library()
+        assert preload is not None, false_clock.MISSING
+        clock = false_clock.FalseClock(folder, preload)
+        environment |= clock.environment
     began = time.monotonic()
     server = TritonServer(folder, environment)
     report = Report(weather)
     try:
         server.wait_ready(120).wait_metrics()
         report.start_s = time.monotonic() - began
-        _run(server, weather, report)
+        _run(server, weather, report, clock)
         if server.stop() != 0:
             report.complaints.append(f"the launcher's exit status is {server.process.returncode}")
         if left := [*server.family(), *server.shared_memory()]:
@@ -130,7 +140,7 @@ def storm(weather: Weather, folder: Path) -> Report:
     return report
 
 
-def _run(server: TritonServer, weather: Weather, report: Report) -> None:
+def _run(server: TritonServer, weather: Weather, report: Report, clock: false_clock.FalseClock | None) -> None:
     known = check.references(server, weather.max_tokens)
     for way in sorted(set(plan.WAYS)):  # so that whatever is made at first use is there
         for _ in range(MOST_CLIENTS):
@@ -141,7 +151,7 @@ def _run(server: TritonServer, weather: Weather, report: Report) -> None:
     over = threading.Event()
     clients = Clients(server, weather, seen)
     ends_s: list[float] = []
-    wind = threading.Thread(target=_disturb, args=(server, weather, report, ends_s, over), daemon=True)
+    wind = threading.Thread(target=_disturb, args=(server, clock, report, ends_s, over), daemon=True)
     wind.start()
     clients.run()
     wind.join(60)
@@ -219,17 +229,27 @@ class Clients:
 
 
 def _disturb(
-    server: TritonServer, weather: Weather, report: Report, ends_s: list[float], over: threading.Event
+    server: TritonServer,
+    clock: false_clock.FalseClock | None,
+    report: Report,
+    ends_s: list[float],
+    over: threading.Event,
 ) -> None:
+    weather = report.weather
     if not weather.every_s:
         return
     began = time.monotonic()
     faults = plan.faults(weather.seed, weather.seconds, weather.every_s, weather.faults, weather.silence_s)
+    if clock is not None:
+        faults = sorted([*faults, *plan.jumps(weather.seed, weather.seconds, weather.every_s)], key=attrgetter("at_s"))
     for fault in faults:
         if over.wait(max(0.0, began + fault.at_s - time.monotonic())):
             return
-        pid = _find(server, "stub" if fault.what == "stop stub" else "engine")
         report.done.append(fault.what)
+        if clock is not None and fault.what == "set clock":
+            clock.set(int(fault.for_s))
+            continue
+        pid = _find(server, "stub" if fault.what == "stop stub" else "engine")
         if fault.what in DEADLY:
             ends_s.append(time.monotonic())
             report.ended_engines += 1
