@@ -9,14 +9,14 @@ score were higher by less than `NEAR_TIE`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 import torch
 
-from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.histories import CACHED, Run
 from morph_runtime.engine.messages import SamplingParams
@@ -34,11 +34,13 @@ BORDER = 1e-3
 
 @dataclass(frozen=True)
 class Told:
-    """What a server has said of one stream: the tokens it chose, their log probabilities, and what it computed when."""
+    """What a server has said of one stream: the tokens it chose, their log probabilities and levels, and what was
+    computed when."""
 
-    tokens: list[int]
-    logprobs: list[float]
-    runs: list[Run]
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    levels: list[int] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
 
 
 @dataclass
@@ -73,22 +75,21 @@ class Replayer:
         self._known: dict[str, Replayed] = {}
 
     @classmethod
-    def of_model(cls, path: str) -> Replayer:
-        """For a model folder, or a name that the engine knows; its layers are quantized as an engine does it."""
-        folder = resolve_model_folder(path)
+    def of_model(cls, folder: Path) -> Replayer:
+        """For a model folder; its layers are quantized as an engine does it."""
         settings = {"model": {"path": str(folder), "dtype": "float32"}, "morph": {"mode": "off"}}
         engine = build_engine(EngineConfig.from_mapping(settings))
         try:
-            oracle = oracle_for(engine, Path(folder))
+            oracle = oracle_for(engine, folder)
             spec = engine.parts.spec
-            limits = ParameterLimits(engine.parts.max_model_len, 1, spec.vocab)
+            limits = ParameterLimits(max_tokens=engine.parts.max_model_len, max_outputs=1, vocab_size=spec.vocab)
             return cls(oracle, Tokenizer.from_folder(folder), spec.eos_ids, limits)
         finally:
             engine.close()
 
     def check(self, prompt: str, sampling: dict[str, object], told: Told) -> Replayed:
         """Compute a stream again. Equal ones are computed once."""
-        name = json.dumps([prompt, sampling, told.tokens, told.logprobs, told.runs])
+        name = json.dumps([prompt, sampling, told.tokens, told.logprobs, told.levels, told.runs])
         if name not in self._known:
             params = parse_sampling_parameters(sampling, self._limits)
             ids = self._tokenizer.encode_prompt(prompt, self._limits.max_tokens - 1)
@@ -97,49 +98,63 @@ class Replayer:
 
     def replay(self, prompt: list[int], params: SamplingParams, told: Told) -> Replayed:
         """Compute a stream again, from token ids."""
+        if not len(told.tokens) == len(told.logprobs) == len(told.levels):
+            return Replayed(wrong="a token without its level or log probability")
         everything, text, reached = [*prompt, *told.tokens], Text(list(prompt)), 0
         row, found = SamplingRow(params, text), Replayed()
         for first, end, level in self._levels(told.runs):
+            if reached == len(everything):
+                break  # what follows are tokens that a stop string has cut off
             if first not in (0, reached):
                 found.wrong = f"after {reached} positions the history goes on at {first}"
                 return found
-            end = min(end, len(everything))  # beyond are tokens that a stop string has cut off
-            if first == end:
-                continue
+            end = min(end, len(everything))
             rungs = self._oracle.levels[level]
             logits = self._oracle.logits(0, everything[first:end], first, rungs)
             reached = end
+            likely = logits.log_softmax(dim=-1)
+            best = logits.argmax(dim=-1).tolist() if row.plain and not row.draws else None
             for at in range(len(text.tokens) - 1, min(end, len(everything) - 1)):
-                place = len(text.tokens) - len(prompt)
-                if wrong := self._compare(logits[at - first], row, told, place, found):
+                place, token, here = len(text.tokens) - len(prompt), everything[at + 1], at - first
+                found.compared += 1
+                if told.levels[place] != level:
+                    wrong = f"its level is told as {told.levels[place]}"
+                elif abs((expected := float(likely[here, token])) - told.logprobs[place]) > NEAR_TIE:
+                    wrong = f"its log probability is {told.logprobs[place]:.4f}, should be {expected:.4f}"
+                elif token != (best[here] if best else self._choose(logits[here], row)):
+                    found.ties += 1
+                    wrong = "" if self._nearly(token, logits[here], row) else f"{token} should not have been chosen"
+                else:
+                    wrong = ""
+                if wrong:
                     found.wrong = f"token {place}, at level {level}: {wrong}"
                     return found
-                text.tokens.append(everything[at + 1])
+                text.tokens.append(token)
         if len(text.tokens) != len(everything):
             found.wrong = f"{len(everything) - len(text.tokens)} tokens have no history"
         return found
 
     @staticmethod
-    def _levels(runs: Sequence[Run]) -> Iterator[Run]:
-        """The runs, where what came from the prefix cache has the level of what follows it: others were not reused."""
-        following = [*runs[1:], (0, 0, 0)]
-        for (first, end, level), after in zip(runs, following, strict=True):
-            yield first, end, after[2] if level == CACHED else level
+    def _levels(runs: Sequence[Run]) -> list[Run]:
+        """The runs, where what came from the prefix cache has the level of what follows it: others were not reused.
 
-    def _compare(self, logits: torch.Tensor, row: SamplingRow, told: Told, place: int, found: Replayed) -> str:
-        """What is wrong with a token, given the reference's scores [vocab] at its place."""
-        token = told.tokens[place]
-        expected = float(logits.log_softmax(-1)[token])
-        if abs(expected - told.logprobs[place]) > NEAR_TIE:
-            return f"its log probability is {told.logprobs[place]:.4f}, should be {expected:.4f}"
-        found.compared += 1
-        if self._choose(logits, row) != token:
-            found.ties += 1
-            raised = logits.clone()
-            raised[token] += NEAR_TIE
-            if all(self._choose(raised, row, off) != token for off in (0.0, BORDER, -BORDER)):
-                return f"{token} was chosen, should be {self._choose(logits, row)}"
-        return ""
+        Neighbours of one level are one run: the reference computes it in one go.
+        """
+        joined: list[Run] = []
+        for at, (first, end, level) in enumerate(runs):
+            if level == CACHED:
+                level = runs[at + 1][2] if at + 1 < len(runs) else 0
+            if first and joined and joined[-1][1:] == (first, level):
+                joined[-1] = (joined[-1][0], end, level)
+            else:
+                joined.append((first, end, level))
+        return joined
+
+    def _nearly(self, token: int, logits: torch.Tensor, row: SamplingRow) -> bool:
+        """Whether a token would be chosen with a score that is higher by less than what rounding makes."""
+        raised = logits.clone()
+        raised[token] += NEAR_TIE
+        return any(self._choose(raised, row, off) == token for off in (0.0, BORDER, -BORDER))
 
     def _choose(self, logits: torch.Tensor, row: SamplingRow, border: float = 0.0) -> int:
         """The token that these scores give; `border` moves `top_p`."""

@@ -17,7 +17,7 @@ from typing import Any
 import false_clock
 from tests.chaos import check, plan, streams
 from tests.chaos.replay import Replayer
-from triton_server import TritonServer, real_repository
+from triton_server import ROOT, TritonServer, real_repository
 from wire_client import until
 
 MOST_CLIENTS = 10
@@ -136,7 +136,7 @@ def storm(weather: Weather, folder: Path) -> Report:
     finally:
         server.stop()
     if report.verdict.shifted:
-        report.verdict.replay(Replayer.of_model(""))
+        report.verdict.replay(Replayer.of_model(ROOT / "models" / "morph-demo"))
     return report
 
 

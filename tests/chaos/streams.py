@@ -40,7 +40,7 @@ class Seen:
     began_s: float = field(default_factory=time.monotonic)
     pieces: list[str] = field(default_factory=list)
     levels: list[list[int]] = field(default_factory=list)
-    told: Told = field(default_factory=lambda: Told([], [], []))
+    told: Told = field(default_factory=Told)
     tokens: int = 0
     times_s: list[float] = field(default_factory=list)
     ends: int = 0

@@ -43,14 +43,20 @@ def follow(engine: Engine, told: dict[int, Told], until: int = 5000) -> None:
         scripted(step)
         out = engine.step(decide=False)
         for delta in out.tokens if out else ():
-            one = told.setdefault(delta.key, Told([], [], []))
+            one = told.setdefault(delta.key, Told())
             one.tokens.extend(delta.tokens)
+            one.levels.extend(delta.levels)
             one.logprobs.extend(score.values[0] for score in delta.logprobs)
             one.runs.extend(delta.history)
 
 
 def replayer_of(engine: Engine, folder: Path) -> Replayer:
-    return Replayer(oracle_for(engine, folder), None, engine.parts.spec.eos_ids, ParameterLimits(256, 1, 200))  # type: ignore[arg-type]
+    return Replayer(
+        oracle_for(engine, folder),
+        None,
+        engine.parts.spec.eos_ids,
+        ParameterLimits(max_tokens=256, max_outputs=1, vocab_size=200),
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
@@ -97,6 +103,8 @@ def test_the_replay_notices_what_is_wrong(model: Path, engines: EngineFactory) -
     elsewhere = [(first, end, (level + 1) % 5) for first, end, level in right.runs]
     for wrong in (
         replace(right, tokens=swapped),
+        replace(right, levels=[level + 1 for level in right.levels]),
+        replace(right, levels=right.levels[:-1]),
         replace(right, logprobs=likelihoods),
         replace(right, runs=elsewhere),
         replace(right, runs=right.runs[:-1]),
@@ -104,7 +112,7 @@ def test_the_replay_notices_what_is_wrong(model: Path, engines: EngineFactory) -
     ):
         assert replayer.replay(prompt, params, wrong).wrong
     another = SamplingParams(**{**GREEDY, "repetition_penalty": 5.0}, ignore_eos=True)
-    assert "should be" in replayer.replay(prompt, another, right).wrong
+    assert "should not have been chosen" in replayer.replay(prompt, another, right).wrong
 
 
 def test_a_request_that_does_not_ask_is_told_no_history(model: Path, engines: EngineFactory) -> None:
