@@ -22,6 +22,7 @@ RUNGS = ("w8", "w4")
 KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
+COSTS = ("auto", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
 
@@ -116,6 +117,13 @@ class MorphSettings:
     """Seconds for which the pressure must have gone before a level is given back."""
     signal_stale_s: float = 2.0
     """Age in seconds at which the outer queue's signal no longer counts."""
+    costs: str = "auto"
+    """What steps and shifts cost here: `auto`, measured at the first start with a mode other than `off`, and kept
+    in a file; `off`, not known."""
+    cost_budget_s: float = 5.0
+    """Seconds that measuring them may take, roughly; a slow device gets fewer steps to measure."""
+    cost_cache: str = ""
+    """Folder of the files; empty: `morphserve/costs` in `XDG_CACHE_HOME`, else in `~/.cache`."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,8 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
     "MORPH_TTFT_SLO_S": ("morph", "ttft_slo_s"),
+    "MORPH_COSTS": ("morph", "costs"),
+    "MORPH_COST_CACHE": ("morph", "cost_cache"),
     "MORPH_THREADS": ("kernels", "threads"),
 }
 
@@ -245,6 +255,7 @@ def validate(config: EngineConfig) -> None:
         ("morph.depth", config.morph.depth, 1, 1024),
         ("morph.dwell_s", config.morph.dwell_s, 0, 3600),
         ("morph.signal_stale_s", config.morph.signal_stale_s, 1e-2, 3600),
+        ("morph.cost_budget_s", config.morph.cost_budget_s, 0.1, 600),
         ("kernels.threads", config.kernels.threads, 0, 4096),
         ("stats_interval_s", config.stats_interval_s, 1e-3, 60),
     ]
@@ -259,6 +270,7 @@ def validate(config: EngineConfig) -> None:
     _one_of("memory.kv_dtype", config.memory.kv_dtype, KV_DTYPES)
     _one_of("cache.reuse", config.cache.reuse, REUSES)
     _one_of("morph.mode", config.morph.mode, MODES)
+    _one_of("morph.costs", config.morph.costs, COSTS)
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("overlap", config.overlap, OVERLAPS)
     _one_of("device", config.device, ("cpu", "cuda"))

@@ -10,6 +10,7 @@ from importlib import import_module
 import torch
 
 from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_runtime.costs.start import find_costs
 from morph_runtime.engine.core import Engine, EngineParts
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import cpu_threads, engine_variables
@@ -21,6 +22,7 @@ from morph_runtime.kernels.kv_format import FORMATS, KVFormat
 from morph_runtime.kv import BlockPool, KVCache, KVLayout
 from morph_runtime.memory.ledger import GIB, MIN_CONTEXT, Ledger, plan_memory
 from morph_runtime.morph.controller import Controller
+from morph_runtime.morph.levels import LevelPlan
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.swapper import LayerSwapper
@@ -64,6 +66,14 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     Raises:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
+    parts, plan = build_parts(config, wake, opener)
+    return Engine(replace(parts, costs=find_costs(parts, plan, resolve_model_folder(config.model.path))))
+
+
+def build_parts(
+    config: EngineConfig, wake: Callable[[], None] = lambda: None, opener: Opener = open_model
+) -> tuple[EngineParts, LevelPlan]:
+    """The parts of an engine, without its costs, and its levels; arguments and errors as of `build_engine`."""
     for name, value in engine_variables(config).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
@@ -106,28 +116,27 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )
-    return Engine(
-        EngineParts(
-            config=config,
-            spec=spec,
-            dtype=slots.dtype,
-            kv_format=kv_format,
-            ledger=ledger,
-            capacities=capacities,
-            max_model_len=max_model_len,
-            arena=arena,
-            cache=cache,
-            pool=pool,
-            scheduler=scheduler,
-            swapper=swapper,
-            resizer=resizer,
-            shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
-            controller=Controller(config.morph, plan.max_level),
-            intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
-            runner=runner,
-            order=device.order,
-        )
+    parts = EngineParts(
+        config=config,
+        spec=spec,
+        dtype=slots.dtype,
+        kv_format=kv_format,
+        ledger=ledger,
+        capacities=capacities,
+        max_model_len=max_model_len,
+        arena=arena,
+        cache=cache,
+        pool=pool,
+        scheduler=scheduler,
+        swapper=swapper,
+        resizer=resizer,
+        shifter=LevelShifter(plan, swapper, resizer, capacities, device.order),
+        controller=Controller(config.morph, plan.max_level),
+        intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
+        runner=runner,
+        order=device.order,
     )
+    return parts, plan
 
 
 def open_device(config: EngineConfig) -> EngineDevice:

@@ -13,6 +13,7 @@ from operator import attrgetter
 import torch
 
 from morph_runtime.config import EngineConfig
+from morph_runtime.costs.correction import StepCorrection
 from morph_runtime.engine.batch import make_batch
 from morph_runtime.engine.histories import Histories
 from morph_runtime.engine.intake import Intake
@@ -35,6 +36,7 @@ from morph_runtime.memory.fence import DeviceOrder
 from morph_runtime.memory.ledger import Ledger
 from morph_runtime.memory.smaps import process_rss_bytes
 from morph_runtime.morph.controller import Controller
+from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
 from morph_runtime.morph.signals import LoadStatistics
@@ -67,6 +69,8 @@ class EngineParts:
     intake: Intake
     runner: StepRunner
     order: DeviceOrder
+    costs: StepCosts | None = None
+    """What steps and shifts cost; None: not known."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class Flight:
     began_s: float
     needs_values: bool
     """The step after it cannot be launched before the values that this one samples are known."""
+    predicted_s: float
+    """Seconds that it should take by the cost model as it was measured; 0: there is none."""
 
 
 @dataclass
@@ -107,6 +113,7 @@ class Engine:
         self._flight: Flight | None = None
         self._news = News()
         self._histories = Histories()
+        self._correction = StepCorrection(parts.costs) if parts.costs is not None else None
         parts.shifter.before_change(self.settle)
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -174,6 +181,11 @@ class Engine:
         return self._statistics
 
     @property
+    def correction(self) -> StepCorrection | None:
+        """The cost model beside the steps that have run; None if there is no model."""
+        return self._correction
+
+    @property
     def parts(self) -> EngineParts:
         """The parts, for checks and benchmarks."""
         return self._parts
@@ -232,7 +244,8 @@ class Engine:
         parts.scheduler.advance(plan)
         self._histories.ran(plan, self.level)
         needs_values = any(map(NEEDS_VALUES, rows))
-        return Flight(plan, sampling, launched, self.level, began, needs_values)
+        predicted = self._correction.predict(self.level, batch) if self._correction is not None else 0.0
+        return Flight(plan, sampling, launched, self.level, began, needs_values, predicted)
 
     def _book(self, flight: Flight) -> None:
         """Give the tokens of a step to those of its requests that are still there, and see who has ended."""
@@ -260,8 +273,11 @@ class Engine:
             self._histories.end(request.key)
         news.resolved = True
         self._steps += 1
-        self._step_seconds += now - max(flight.began_s, self._resolved_s)
+        seconds = now - max(flight.began_s, self._resolved_s)
+        self._step_seconds += seconds
         self._resolved_s = now
+        if self._correction is not None:
+            self._correction.observe(flight.level, flight.predicted_s, seconds)
 
     def _decide(self, now: float) -> None:
         settings, shifter = self._parts.config.morph, self._parts.shifter

@@ -26,8 +26,10 @@ MIN_WORKSPACE_TOKENS = 8192
 """Context tokens that one group of decodes may gather: keeps the workspace small and near the caches."""
 SDPA_MAX_TOKENS = 1024
 """Context tokens of a group up to which `scaled_dot_product_attention` is faster: one call in place of five."""
-TILE_SCORES = 2**17
-"""Scores of one tile of a prefill, over all heads: keeps them in the core's cache."""
+TILE_SCORES = 2**19
+"""Scores of one tile of a prefill, over all heads: they stay in the core's cache (1 MiB in bfloat16). Every tile is two
+products of shapes of their own, so it must not be much less: more shapes in a step than there are cached primitives
+(engine.environment) and each layer compiles them anew, which took 2.8 times as long at 512 tokens behind 512."""
 
 
 @dataclass(frozen=True)

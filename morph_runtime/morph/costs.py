@@ -3,12 +3,17 @@
 A step's time is the sum of what its tokens cost in the layers' linear parts, which depends on the rung of each layer,
 and of what attention reads, which does not. Layers of one rung cost the same, so a level between two uniform ones
 costs their mean, weighted by the number of layers.
+
+Steps of decodes alone are what the curves of `whole_s` hold up to `max_num_seqs` tokens, prompts beyond. What a step
+with prompt tokens costs more or less than one of as many decodes is in `prompt_s` and `row_s`.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -33,6 +38,16 @@ class StepCosts:
         counts: int [levels, rungs], how many layers of each level are at each rung.
         down_s: one layer down, from the decision to its capacity being published; a walk of n layers takes n times it.
         up_s: one layer up, likewise.
+        mean_context_s: per token of the decodes' mean context, however many they are: a long context takes its time
+            even where one request alone reads it.
+        chunk_s: per token that a prompt token attends to on average: keys and values are gathered once per chunk.
+        prompt_s: float64 [G] or None: by number of tokens, what a step with prompt tokens takes beyond `whole_s`; on a
+            GPU such steps are launched kernel by kernel, and everywhere they need fewer logits.
+        row_s: per decode in a step with prompt tokens: its logits, its sampling, its share of attention's calls.
+        mixed_s: a step of decodes at a level between uniform ones takes so much beyond the mean.
+        downs_s: one layer down to each rung of the ladder; empty: `down_s` for all.
+        ups_s: one layer up from each rung of the ladder; empty: `up_s` for all.
+        depth: layers that may change within one step.
     """
 
     rungs: tuple[str, ...]
@@ -43,6 +58,14 @@ class StepCosts:
     counts: NDArray[np.int64]
     down_s: float
     up_s: float
+    mean_context_s: float = 0.0
+    chunk_s: float = 0.0
+    prompt_s: Floats | None = None
+    row_s: float = 0.0
+    mixed_s: float = 0.0
+    downs_s: tuple[float, ...] = ()
+    ups_s: tuple[float, ...] = ()
+    depth: int = 1
 
     @property
     def max_level(self) -> int:
@@ -59,22 +82,71 @@ class StepCosts:
             prefill: prompt tokens, all requests together.
             pairs: sum over these of the tokens each attends to; `pairs_of` gives it.
         """
-        count = np.maximum(np.asarray(decodes, dtype=np.float64) + prefill, 1.0)
-        curves = np.stack([self._curve(row, count) for row in self.whole_s], axis=-1)
-        shares = self.counts[np.asarray(level, dtype=np.int64)] / self.counts[0].sum()
-        fixed: Floats = (curves * shares).sum(axis=-1)
-        reads: Floats = np.asarray(context) * self.context_s + np.asarray(pairs) * self.pair_s
-        return fixed + reads
+        seconds: Floats = self.fixed_s(level, decodes, prefill) + self.reads_s(decodes, context, prefill, pairs)
+        return seconds
 
-    def shift_s(self, source: int, target: int) -> float:
-        """Seconds from the decision until the engine is at `target`, its capacity published."""
-        return (target - source) * self.down_s if target > source else (source - target) * self.up_s
+    def fixed_s(self, level: Numbers, decodes: Numbers, prefill: Numbers) -> Floats:
+        """The part of `step_s` that does not depend on what attention reads."""
+        decodes, prefill = np.asarray(decodes, dtype=np.float64), np.asarray(prefill, dtype=np.float64)
+        count = np.maximum(decodes + prefill, 1.0)
+        # A level has at most two rungs, but levels of one call may be many: a curve per rung, then the mean.
+        curves = np.stack([self._curve(row, count) for row in self.whole_s], axis=-1)
+        shares = self._shares[np.asarray(level, dtype=np.int64)]
+        fixed: Floats = (curves * shares).sum(axis=-1)
+        mixed = self.mixed_s * (shares.max(axis=-1) < 1.0)
+        if self.prompt_s is None:
+            prompts = decodes * self.row_s
+        else:
+            prompts = np.interp(count, self.tokens, self.prompt_s) + decodes * self.row_s
+        seconds: Floats = fixed + np.where(prefill > 0, prompts, mixed)
+        return seconds
+
+    def reads_s(self, decodes: Numbers, context: Numbers, prefill: Numbers, pairs: Numbers) -> Floats:
+        """The part of `step_s` that attention takes for what it reads; it does not depend on the level."""
+        context, pairs = np.asarray(context, dtype=np.float64), np.asarray(pairs, dtype=np.float64)
+        mean_context, mean_pairs = context / np.maximum(decodes, 1), pairs / np.maximum(prefill, 1)
+        reads: Floats = context * self.context_s + mean_context * self.mean_context_s
+        reads = reads + pairs * self.pair_s + mean_pairs * self.chunk_s
+        return reads
+
+    def seconds(self, level: int, decodes: int, context: int, prefill: int, pairs: int) -> float:
+        """`step_s` of one step, without arrays (1 µs against 30): for the step loop."""
+        tokens, curve, prompts, mixed = self._tables[level]
+        count = decodes + prefill or 1
+        at = min(max(bisect_right(tokens, count) - 1, 0), len(tokens) - 2)
+        share = max((count - tokens[at]) / (tokens[at + 1] - tokens[at]), 0.0)
+        seconds = curve[at] + share * (curve[at + 1] - curve[at])
+        if prefill:
+            share = min(share, 1.0)
+            seconds += prompts[at] + share * (prompts[at + 1] - prompts[at]) + decodes * self.row_s
+            seconds += pairs * self.pair_s + pairs / prefill * self.chunk_s
+        else:
+            seconds += mixed
+        if decodes:
+            seconds += context * self.context_s + context / decodes * self.mean_context_s
+        return seconds
+
+    def shift_s(self, source: int, target: int, step_s: float = 0.0) -> float:
+        """Seconds from the decision until the engine is at `target`, its capacity published.
+
+        Args:
+            source: the level from which.
+            target: the level to which.
+            step_s: seconds of the steps that run meanwhile: layers change at their boundaries, `depth` of them at most.
+        """
+        walked = slice(source + 1, target + 1) if target > source else slice(target + 1, source + 1)
+        one_s = self._walk_s[0 if target > source else 1, walked]
+        return float(np.maximum(one_s, step_s / self.depth).sum())
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; `from_json` gives the model back."""
         return {
             "rungs": list(self.rungs), "tokens": self.tokens.tolist(), "whole_s": self.whole_s.tolist(),
             "context_s": self.context_s, "pair_s": self.pair_s, "down_s": self.down_s, "up_s": self.up_s,
+            "mean_context_s": self.mean_context_s, "chunk_s": self.chunk_s,
+            "prompt_s": None if self.prompt_s is None else self.prompt_s.tolist(),
+            "row_s": self.row_s, "mixed_s": self.mixed_s, "downs_s": list(self.downs_s), "ups_s": list(self.ups_s),
+            "depth": self.depth,
         }  # fmt: skip
 
     @staticmethod
@@ -82,22 +154,78 @@ class StepCosts:
         """The model that `to_json` gave, for the levels of a plan.
 
         Raises:
-            KeyError: a field is missing.
-            ValueError: its rungs are not those of the plan.
+            KeyError: a field is missing; those that have a default may be.
+            TypeError, ValueError: a value is not what it should be, or its rungs are not those of the plan.
         """
         rungs = tuple(values["rungs"])
         if rungs != ("full", *plan.ladder):
-            raise ValueError(f"the costs are of the rungs {', '.join(rungs)}")
-        return StepCosts(
+            raise ValueError(f"the costs are of the rungs {', '.join(map(str, rungs))}")
+        costs = StepCosts(
             rungs=rungs,
-            tokens=np.asarray(values["tokens"], dtype=np.float64),
-            whole_s=np.asarray(values["whole_s"], dtype=np.float64),
+            tokens=_floats(values["tokens"]),
+            whole_s=_floats(values["whole_s"]),
             context_s=float(values["context_s"]),
             pair_s=float(values["pair_s"]),
             counts=layer_counts(plan),
             down_s=float(values["down_s"]),
             up_s=float(values["up_s"]),
+            mean_context_s=float(values.get("mean_context_s", 0.0)),
+            chunk_s=float(values.get("chunk_s", 0.0)),
+            prompt_s=None if values.get("prompt_s") is None else _floats(values["prompt_s"]),
+            row_s=float(values.get("row_s", 0.0)),
+            mixed_s=float(values.get("mixed_s", 0.0)),
+            downs_s=tuple(map(float, values.get("downs_s", ()))),
+            ups_s=tuple(map(float, values.get("ups_s", ()))),
+            depth=int(values.get("depth", 1)),
         )
+        costs.check()
+        return costs
+
+    def check(self) -> None:
+        """Make sure that the fields hold together.
+
+        Raises:
+            ValueError: they do not; the text says which.
+        """
+        sizes, ladder = len(self.tokens), len(self.rungs) - 1
+        if self.tokens.ndim != 1 or sizes < 2 or self.tokens[0] != 1 or not (np.diff(self.tokens) > 0).all():
+            raise ValueError("tokens must rise from 1, two numbers or more")
+        if self.whole_s.shape != (ladder + 1, sizes) or not (self.whole_s > 0).all():
+            raise ValueError("whole_s must be positive, one row per rung and one column per number of tokens")
+        if self.prompt_s is not None and self.prompt_s.shape != (sizes,):
+            raise ValueError("prompt_s must have one value per number of tokens")
+        times = (self.context_s, self.pair_s, self.mean_context_s, self.chunk_s, self.mixed_s, self.down_s, self.up_s)
+        lists = (*times, *self.downs_s, *self.ups_s)
+        if not all(np.isfinite(lists)) or min(lists) < 0 or not np.isfinite([*self.whole_s.flat, self.row_s]).all():
+            raise ValueError("times must be finite, and not negative")
+        if self.prompt_s is not None and not np.isfinite(self.prompt_s).all():
+            raise ValueError("times must be finite, and not negative")
+        if any(len(times) not in (0, ladder) for times in (self.downs_s, self.ups_s)) or self.depth < 1:
+            raise ValueError("downs_s and ups_s must have one value per rung of the ladder, depth must be positive")
+
+    @cached_property
+    def _shares(self) -> Floats:
+        """Share of the layers at each rung, [levels, rungs]."""
+        shares: Floats = self.counts / self.counts[0].sum()
+        return shares
+
+    @cached_property
+    def _walk_s(self) -> Floats:
+        """[2, levels]: the change between level k - 1 and k, down and up; 0 at level 0."""
+        layers, steps = int(self.counts[0].sum()), np.zeros((2, len(self.counts)))
+        for way, (each, every) in enumerate(((self.downs_s, self.down_s), (self.ups_s, self.up_s))):
+            steps[way, 1:] = np.repeat(each, layers) if each else every
+        return steps
+
+    @cached_property
+    def _tables(self) -> list[tuple[list[float], list[float], list[float], float]]:
+        """By level: sizes, the curve at the level, `prompt_s`, and what its mixture adds."""
+        prompts = np.zeros(len(self.tokens)) if self.prompt_s is None else self.prompt_s
+        curves = self._shares @ self.whole_s  # [levels, G]
+        return [
+            (self.tokens.tolist(), curve.tolist(), prompts.tolist(), self.mixed_s if shares.max() < 1 else 0.0)
+            for curve, shares in zip(curves, self._shares, strict=True)
+        ]
 
     def _curve(self, times: Floats, count: Floats) -> Floats:
         """Between the measured sizes a straight line; beyond the last one, in proportion to the last stretch."""
@@ -105,6 +233,10 @@ class StepCosts:
         slope = (times[-1] - times[-2]) / (self.tokens[-1] - self.tokens[-2])
         beyond: Floats = np.maximum(count - self.tokens[-1], 0.0) * slope
         return inside + beyond
+
+
+def _floats(values: Any) -> Floats:
+    return np.asarray(values, dtype=np.float64)
 
 
 def layer_counts(plan: LevelPlan) -> NDArray[np.int64]:

@@ -32,7 +32,7 @@ class Engines:
             "model": {"path": str(folder), "dtype": dtype},
             "memory": {"kv_tokens": 512, "block_tokens": 16},
             "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
-            "morph": {"mode": "off", "ladder": ["w8", "w4"]},
+            "morph": {"mode": "off", "ladder": ["w8", "w4"], "costs": "off"},
             "kernels": {"threads": 1},
             "check_integrity": True,
         }

@@ -71,6 +71,7 @@ class TritonServer:
             "MORPH_GRPC_PORT": str(self.grpc),
             "MORPH_METRICS_PORT": str(self.metrics),
             "TMPDIR": str(folder),
+            "MORPH_COSTS": "off",  # a start takes long enough as it is, and nothing is left in the user's cache
             **environment,
         }
         self._file = self.log.open("wb")

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -31,6 +31,7 @@ def build_app() -> typer.Typer:
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)
     app.command("quality")(quality.quality)
+    app.command("costs")(costs.costs)
     app.command("profile")(profile.profile)
     return app
 

@@ -46,7 +46,7 @@ def engines() -> Iterator[EngineFactory]:
             "model": {"path": str(folder), "dtype": "float32"},
             "memory": {"kv_tokens": 512, "block_tokens": 8, "extent_kib": 16},
             "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
-            "morph": {"mode": "off", "ladder": ["w4"]},
+            "morph": {"mode": "off", "ladder": ["w4"], "costs": "off"},
             "kernels": {"threads": 1},
             "check_integrity": True,
         }

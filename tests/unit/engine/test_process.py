@@ -66,7 +66,7 @@ def config_for(folder: Path, overlap: str = "off", **memory: object) -> EngineCo
             "overlap": overlap,
             "model": {"path": str(folder), "dtype": "float32"},
             "memory": {"kv_tokens": 512, **memory},
-            "morph": {"mode": "off"},
+            "morph": {"mode": "off", "costs": "off"},
         }
     )
 

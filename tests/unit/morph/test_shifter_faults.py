@@ -31,7 +31,7 @@ def small_engine(folder: Path) -> Engine:
             {
                 "model": {"path": str(folder), "dtype": "float32"},
                 "memory": {"kv_tokens": 256, "block_tokens": 8, "extent_kib": 16},
-                "morph": {"mode": "off", "ladder": ["w8", "w4"]},
+                "morph": {"mode": "off", "ladder": ["w8", "w4"], "costs": "off"},
                 "kernels": {"threads": 1},
                 "check_integrity": True,
             }
