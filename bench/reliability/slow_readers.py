@@ -83,9 +83,9 @@ def run(server: TritonServer, kind: type[SlowGrpc | SlowSse] | None) -> dict[str
                 client.ask("Once upon a time", MUCH)
                 client.read()
             slow += new
-        ended = server.metric("morph_requests_total", outcome="length")
+        enough = server.metric("morph_requests_total", outcome="length") + READERS + SLOW
         until(
-            lambda ended=ended: server.metric("morph_requests_total", outcome="length") >= ended + READERS + SLOW, 300.0, "ends"
+            lambda enough=enough: server.metric("morph_requests_total", outcome="length") >= enough, 600.0, "the ends"
         )
         held.append({**memory(server), "tokens": server.metric("vllm:generation_tokens_total") - done})
     rate = (readers.tokens - at_first) / (time.monotonic() - began)
