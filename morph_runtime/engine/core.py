@@ -260,11 +260,12 @@ class Engine:
         levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
         tokens = sampled.tokens[: len(flight.sampling)]
         book_scores(flight.plan, scores, len(tokens))
+        told = self._histories.any_kept
         for row, (request, token) in enumerate(zip(flight.sampling, tokens, strict=True)):
             if request.state is running:  # else it has ended since the launch
                 own, request.prompt_scores = request.prompt_scores, []
                 score = [scores[row]] if row in scores else []
-                history = self._histories.take(request.key)
+                history = self._histories.take(request.key) if told else []
                 news.tokens.append(TokenDelta(request.key, [token], levels, score, own, history))
         for request, reason in scheduler.resolve(flight.plan, tokens, flight.level):
             self._statistics.finished(request, now)

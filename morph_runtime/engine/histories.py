@@ -12,7 +12,7 @@ Run = tuple[int, int, int]
 
 
 class Histories:
-    """The runs of those requests that ask for them; for all others a step costs one test.
+    """The runs of those requests that ask for them; while none does, a step costs two tests.
 
     A run that begins at 0 says that the request began, or began anew after a preemption.
     """
@@ -20,6 +20,11 @@ class Histories:
     def __init__(self) -> None:
         self._untold: dict[int, list[Run]] = {}
         self._reached: dict[int, int] = {}
+
+    @property
+    def any_kept(self) -> bool:
+        """Whether any request has asked."""
+        return bool(self._untold)
 
     def begin(self, key: int) -> None:
         """Keep the history of a request, up to `end`."""
