@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from morph_runtime.errors import ConfigError
+from morph_runtime.slo import parse_classes
 
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
 RUNGS = ("w8", "w4")
+PINS = ("", "full", *RUNGS)
 KV_DTYPES = ("auto", "fp8", "int8")
 REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
@@ -107,8 +109,18 @@ class MorphSettings:
     order: str = "auto"
     """Layer order: `auto` (the pack's, else `front_to_back`), `front_to_back`, `back_to_front`, comma-separated layer
     numbers (a permutation), or an order file of `morph profile` (its order for the ladder's deepest rung)."""
+    pin: str = ""
+    """Serve with every layer at this rung from start to end, the controller asleep whatever the mode: `full`, or a rung
+    of the ladder, with the KV capacity of its level. For static baselines. Empty: the controller decides."""
     ttft_slo_s: float = 2.0
     """Seconds from arrival to first token that the controller tries to hold."""
+    tpot_slo_s: float = 0.0
+    """Seconds per token after the first that it tries to hold; 0: none."""
+    slo_classes: tuple[str, ...] = ()
+    """Targets of requests that name a class (`slo_class`): entries `name=ttft` or `name=ttft/tpot` in seconds, such as
+    `interactive=2/0.1`, `batch=30`. Once there are any, a request that names another class is refused."""
+    max_level_share: float = 1.0
+    """Share of the levels that may be used, 0 to 1: a cap on degradation beside the mode's own."""
     interval_s: float = 0.05
     """Seconds between decisions."""
     depth: int = 16
@@ -226,7 +238,11 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODE": ("morph", "mode"),
     "MORPH_LADDER": ("morph", "ladder"),
     "MORPH_ORDER": ("morph", "order"),
+    "MORPH_PIN": ("morph", "pin"),
     "MORPH_TTFT_SLO_S": ("morph", "ttft_slo_s"),
+    "MORPH_TPOT_SLO_S": ("morph", "tpot_slo_s"),
+    "MORPH_SLO_CLASSES": ("morph", "slo_classes"),
+    "MORPH_MAX_LEVEL_SHARE": ("morph", "max_level_share"),
     "MORPH_COSTS": ("morph", "costs"),
     "MORPH_COST_CACHE": ("morph", "cost_cache"),
     "MORPH_THREADS": ("kernels", "threads"),
@@ -251,6 +267,8 @@ def validate(config: EngineConfig) -> None:
         ("scheduler.line", config.scheduler.line, 1, 65536),
         ("scheduler.grammar_cache", config.scheduler.grammar_cache, 0, 65536),
         ("morph.ttft_slo_s", config.morph.ttft_slo_s, 1e-3, 3600),
+        ("morph.tpot_slo_s", config.morph.tpot_slo_s, 0, 3600),
+        ("morph.max_level_share", config.morph.max_level_share, 0, 1),
         ("morph.interval_s", config.morph.interval_s, 1e-3, 60),
         ("morph.depth", config.morph.depth, 1, 1024),
         ("morph.dwell_s", config.morph.dwell_s, 0, 3600),
@@ -270,6 +288,7 @@ def validate(config: EngineConfig) -> None:
     _one_of("memory.kv_dtype", config.memory.kv_dtype, KV_DTYPES)
     _one_of("cache.reuse", config.cache.reuse, REUSES)
     _one_of("morph.mode", config.morph.mode, MODES)
+    parse_classes(config.morph.slo_classes, config.morph.ttft_slo_s, config.morph.tpot_slo_s)
     _one_of("morph.costs", config.morph.costs, COSTS)
     _one_of("model.dtype", config.model.dtype, DTYPES)
     _one_of("overlap", config.overlap, OVERLAPS)
@@ -280,6 +299,12 @@ def validate(config: EngineConfig) -> None:
         raise ConfigError("morph.ladder must name each rung at most once and at least one of: w8, w4.")
     if list(config.morph.ladder) != [r for r in RUNGS if r in config.morph.ladder]:
         raise ConfigError("morph.ladder must go from mild to deep: w8 before w4.")
+    _one_of("morph.pin", config.morph.pin, PINS)
+    if config.morph.pin not in ("", "full", *config.morph.ladder):
+        raise ConfigError(
+            f"morph.pin is {config.morph.pin}, which morph.ladder ({','.join(config.morph.ladder)}) does not have: set "
+            f"MORPH_LADDER={config.morph.pin} too."
+        )
     if config.model.awq_path and "w4" not in config.morph.ladder:
         raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
 

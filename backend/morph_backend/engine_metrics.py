@@ -39,6 +39,15 @@ class EngineMetrics:
         record.gauge("morph_kv_dtype", 1, dtype=info.kv_dtype)
         record.gauge("morph_memory_bytes", info.budget_bytes, kind="budget")
         record.declare("morph_engine_restarts_total")
+        record.gauge("morph_cap", 1)
+        record.gauge("morph_slo_feasible", 1)
+        record.gauge("morph_gpu_memory_used_ratio", 0)
+        for signal in ("queue", "costs"):
+            record.gauge("morph_signal_ok", 0, signal=signal)
+        for what in ("prompt", "output", "queue_age"):
+            record.gauge("morph_estimate_error", 0, what=what)
+        for kv in ("clean", "degraded"):
+            record.declare("morph_computed_tokens_total", kv=kv)
         record.gauge(_REQUESTS, info.max_num_seqs, request_type="max")
         self.requests(0, 0)
         self._kv(0, info.base_blocks, info.block_tokens)
@@ -92,7 +101,18 @@ class EngineMetrics:
             record.gauge("morph_memory_bytes", size, kind=kind)
         for mode in MODES:
             record.gauge("morph_mode", 1 if mode == stats.mode else 0, mode=mode)
+        self._controller(stats)
         self._counters(stats)
+
+    def _controller(self, stats: EngineStats) -> None:
+        record = self._recorder
+        record.gauge("morph_cap", stats.cap)
+        record.gauge("morph_slo_feasible", 1 if stats.slo_feasible else 0)
+        for signal, there in stats.signals.items():
+            record.gauge("morph_signal_ok", 1 if there else 0, signal=signal)
+        for what, error in stats.estimate_errors.items():
+            record.gauge("morph_estimate_error", error, what=what)
+        record.gauge("morph_gpu_memory_used_ratio", max(0.0, stats.gpu_used_share))
 
     def _waiting(self) -> None:
         self._recorder.gauge("vllm:num_requests_waiting", self._outer + self._line)
@@ -128,6 +148,8 @@ class EngineMetrics:
             record.total("morph_decisions_total", count, action=action, reason=reason)
         record.total("morph_blocks_migrated_total", stats.blocks_migrated)
         record.total("morph_preemptions_total", stats.preemptions)
+        record.total("morph_computed_tokens_total", stats.clean_tokens, kv="clean")
+        record.total("morph_computed_tokens_total", stats.computed_tokens - stats.clean_tokens, kv="degraded")
         record.total("vllm:prefix_cache_queries_total", stats.prefix_queries)
         record.total("vllm:prefix_cache_hits_total", stats.prefix_hits)
 

@@ -13,12 +13,13 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from morph_backend.run_control import CONTROL_PARAMETERS, RunControl, read_control
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.errors import RequestError
 from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters, stop_strings, within_context
 from morph_runtime.text.tokenizer import decode_utf8
 
-RESERVED_PARAMETERS = frozenset({"id", "priority", "timeout", "headers", "slo_class", "binary_data_output"})
+RESERVED_PARAMETERS = CONTROL_PARAMETERS | {"id", "priority", "timeout", "headers", "slo_class", "binary_data_output"}
 RESERVED_PREFIXES = ("sequence_", "triton_")
 MAX_SLO_CLASS_CHARS = 64
 STREAM_ECHO_ERROR = "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed."
@@ -47,6 +48,7 @@ class GenerateRequest:
 
     Attributes:
         echo: the prompt stands before the output text.
+        control: what the administrator wants changed; nothing is generated then.
     """
 
     text: str
@@ -55,6 +57,7 @@ class GenerateRequest:
     sampling: SamplingParams
     wants: Wants
     slo_class: str
+    control: RunControl | None = None
 
     def within_context(self, prompt_tokens: int, max_model_len: int) -> GenerateRequest:
         """The same request with a number of tokens to generate, where it asks for as many as there is room for."""
@@ -98,6 +101,7 @@ def read_request(request: Any, limits: ParameterLimits) -> GenerateRequest:
         sampling=sampling,
         wants=wants,
         slo_class=_slo_class(parameters),
+        control=read_control(parameters),
     )
 
 

@@ -68,6 +68,12 @@ def catalog(max_model_len: int) -> Mapping[str, MetricSpec]:
             GAUGE, "Unix time of the engine's last message, or now while it is restarted."
         ),
         "morph_mode": MetricSpec(GAUGE, "1 for the mode in force."),
+        "morph_cap": MetricSpec(GAUGE, "Share of the levels that may be used, besides the mode's own limit."),
+        "morph_slo_feasible": MetricSpec(GAUGE, "0 while no level that may be used is forecast to meet the SLOs."),
+        "morph_signal_ok": MetricSpec(GAUGE, "1 while an input of the controller is there and fresh."),
+        "morph_estimate_error": MetricSpec(GAUGE, "Mean error of estimates about Triton's queue: share, or seconds."),
+        "morph_computed_tokens_total": MetricSpec(COUNTER, "Tokens computed by what went into them: clean, degraded."),
+        "morph_gpu_memory_used_ratio": MetricSpec(GAUGE, "Share of the GPU's memory in use, as NVML shows it."),
         "morph_queue_nudges_total": MetricSpec(COUNTER, "Expired requests sent to keep Triton's queue moving."),
         "morph_execute_waiting": MetricSpec(GAUGE, "1 while a request waits in execute() for a credit."),
     }

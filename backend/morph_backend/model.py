@@ -26,6 +26,7 @@ from morph_backend.metric_catalog import catalog
 from morph_backend.nudge import GrpcNudgeStream, QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
+from morph_backend.run_control import KEY_VARIABLE
 from morph_backend.service import Service
 from morph_backend.settings import BackendSettings, backend_settings, has_queue_timeouts, load_model_file
 from morph_runtime.config import EngineConfig, log_level, resolve_model_folder
@@ -33,6 +34,7 @@ from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.engine.handle import EngineHandle, KeeperSettings
 from morph_runtime.engine.keeper import EngineKeeper
 from morph_runtime.errors import ConfigError, EngineDown
+from morph_runtime.slo import parse_classes
 from morph_runtime.text.tokenizer import Tokenizer
 
 WATCHED_MODEL = "morph"
@@ -122,6 +124,8 @@ class TritonPythonModel:
             max_request_s=settings.max_request_seconds,
             on_decisions=DecisionLog(settings.log_decisions),
             on_gone=functools.partial(self._control.say, "error"),
+            classes=parse_classes(config.morph.slo_classes, config.morph.ttft_slo_s, config.morph.tpot_slo_s),
+            admin_key=os.environ.get(KEY_VARIABLE, ""),
         )
         keeping = KeeperSettings(
             restarts=settings.engine_restarts,

@@ -111,6 +111,11 @@ def rung_share(rung_tokens: Sequence[float]) -> dict[str, float]:
     return {rung: round(tokens / total, 9) for rung, tokens in zip(RUNGS, rung_tokens, strict=True)}
 
 
+def sentence(text: str) -> Any:
+    """A text to answer with where nothing was generated."""
+    return _strings("text_output", [text])
+
+
 def _strings(name: str, texts: Sequence[str]) -> Any:
     return pb_utils.Tensor(name, np.asarray([text.encode("utf-8", "replace") for text in texts], dtype=np.object_))
 

@@ -16,13 +16,16 @@ from morph_backend.engine_metrics import EngineMetrics
 from morph_backend.fan_out import submissions
 from morph_backend.inputs import GenerateRequest
 from morph_backend.open_request import End, OpenRequest, OpenRequests, Output, Tokens
+from morph_backend.outputs import sentence
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.responder import UNHEALTHY, Responder
+from morph_backend.run_control import RunControl, check_key
 from morph_backend.rungs import RungShares
 from morph_backend.senders import SenderPool
 from morph_backend.vocabulary import check_prompt, spell_bad_words
 from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, Submit, TokenDelta
 from morph_runtime.errors import EngineDown, RequestError
+from morph_runtime.slo import SloClass, check_class
 from morph_runtime.text.assembler import OutputAssembler
 from morph_runtime.text.parameters import ParameterLimits
 from morph_runtime.text.tokenizer import Tokenizer, check_context
@@ -39,7 +42,7 @@ class Engine(Protocol):
     def submit(self, request: Submit) -> None: ...
     def cancel(self, key: int) -> None: ...
     def publish_queue(self, signal: QueueSignal) -> None: ...
-    def set_mode(self, mode: str) -> None: ...
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None: ...
     def close(self, drain_s: float = 0.0) -> None: ...
 
 
@@ -58,14 +61,19 @@ class Service:
         clock: Callable[[], float] = time.monotonic,
         on_decisions: Callable[[Sequence[Decision]], None] = lambda _decisions: None,
         on_gone: Callable[[str], None] = lambda _reason: None,
+        classes: Sequence[SloClass] = (),
+        admin_key: str = "",
     ) -> None:
-        """`on_decisions` is told of the controller's decisions; `on_gone` why the engine is gone, after all streams."""
+        """`on_decisions` is told of the controller's decisions; `on_gone` why the engine is gone, after all streams;
+        `classes` are those that requests may name; `admin_key` is what requests that change the controller must have.
+        """
         self._tokenizer = tokenizer
         self._recorder = recorder
         self._clock = clock
         self._max_request_s = max_request_s
         self._sender_threads = sender_threads
         self._on_decisions, self._on_gone = on_decisions, on_gone
+        self._classes, self._admin_key = classes, admin_key
         self._admission = Admission(line)
         self._engine_metrics = EngineMetrics(recorder)
         self._lock = threading.Lock()
@@ -168,6 +176,10 @@ class Service:
         assert self._info is not None and self._engine is not None
         arrival_s = self._clock()
         given = read(self.limits)
+        check_class(self._classes, given.slo_class)
+        if given.control is not None:
+            self._control(channel, given.control)
+            return
         prompt = self._tokenizer.encode_prompt(given.text, self._info.max_model_len - 1)
         check_prompt(prompt, self._info.vocab_size)
         given = given.within_context(len(prompt), self._info.max_model_len)
@@ -190,6 +202,14 @@ class Service:
             self._release(request)
             self._open.remove(request)
             raise
+
+    def _control(self, channel: ResponseChannel, control: RunControl) -> None:
+        """Do what the administrator asks for."""
+        assert self._engine is not None
+        check_key(control.key, self._admin_key)
+        self._engine.set_mode(control.mode, control.cap)
+        logging.getLogger(__name__).warning("the administrator has set: %s", control)
+        channel.send([sentence(str(control))], final=True)
 
     def _admit(self, request: OpenRequest) -> None:
         assert self._engine is not None and self._info is not None

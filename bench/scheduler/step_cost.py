@@ -29,7 +29,7 @@ from morph_runtime.engine.messages import SamplingParams, Submit
 from morph_runtime.engine.runner import Done, Launched, StepRunner
 from morph_runtime.kv import BlockPool
 from morph_runtime.models.batch import HostBatch
-from morph_runtime.morph.signals import LoadStatistics
+from morph_runtime.morph.signals import LoadReader
 from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampled
 from morph_runtime.scheduler import PrefixCache, Request, Scheduler
@@ -114,10 +114,10 @@ def measure(running: int, waiting: int, prefix: bool, steps: int) -> dict[str, f
     rounds = [step(scheduler) for _ in range(steps)]
     assert (scheduler.num_running, scheduler.num_waiting) == (running, waiting), "the load must be steady"
     reads = []
-    statistics_ = LoadStatistics()
+    reader = LoadReader((pool.capacity,), running + 1, 512, BLOCK)
     for _ in range(10):
         began = time.perf_counter()
-        statistics_.read(0.0, 0, (pool.capacity,), pool.num_used, running + 1, scheduler, None)
+        reader.read(0.0, 0, pool.num_used, scheduler, None, 2.0)
         reads.append(time.perf_counter() - began)
     total = sorted(sum(parts) for parts in rounds)
     schedule, batch, advance, resolve = (statistics.median(parts) for parts in zip(*rounds, strict=True))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from morph_client import loadgen
 from morph_client.aio_client import AsyncMorphClient
+from morph_client.decision_log import read_log
 from morph_client.demo_load import DemoLoad
 from morph_client.prompts import PromptMaker, measure_tokens_per_word, words_of
 from morph_client.report.data import Run
@@ -38,6 +40,8 @@ class Watch:
     samples: Samples = field(default_factory=Samples)
     started_at: float | None = None
     """The event loop's clock at the start of the load; ``None`` before."""
+    started_unix_s: float = 0.0
+    """The same moment in Unix time, which the server's log has."""
     load_over: bool = False
     """True when every answer is there, and only the return to level 0 is awaited."""
 
@@ -93,7 +97,16 @@ async def measure(
         plan = loadgen.plan_requests(load.requests(), await _prompt_maker(client, load))
         records = await _run_watched(client, plan, watch, on_load)
     server.check_alive()
-    return Run(server.mode, label, records, summarise(records), watch.samples.states)
+    return Run(
+        mode=server.mode,
+        label=label,
+        records=records,
+        summary=summarise(records),
+        states=watch.samples.states,
+        precision=watch.counts.precision.bins(),
+        by_level=watch.counts.precision.by_level,
+        changes=read_log(server.log_path, watch.started_unix_s),
+    )
 
 
 async def _prompt_maker(client: AsyncMorphClient, load: DemoLoad) -> PromptMaker:
@@ -120,12 +133,13 @@ async def _run_watched(
             returned.set()
         on_load(watch)
 
-    watch.started_at = asyncio.get_running_loop().time()
+    watch.started_at, watch.started_unix_s = asyncio.get_running_loop().time(), time.time()
     watcher = asyncio.create_task(
         sample_until(stop, watch.samples, metrics_url=client.metrics_url, model=client.model, on_sample=look)
     )
     try:
-        records = await loadgen.run_load(client, plan, progress=watch.counts, deadline_s=_REQUEST_DEADLINE_S)
+        options = loadgen.LoadOptions(deadline_s=_REQUEST_DEADLINE_S)
+        records = await loadgen.run_load(client, plan, progress=watch.counts, options=options)
         watch.load_over = True
         await asyncio.wait([back := asyncio.ensure_future(returned.wait())], timeout=_LONGEST_RETURN_S)
         back.cancel()

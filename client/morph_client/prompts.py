@@ -9,60 +9,87 @@ from pathlib import Path
 
 from morph_client.aio_client import AsyncMorphClient
 from morph_client.errors import BadInput
+from morph_client.texts import read_words
 from morph_client.types import SamplingParams
 
 # What English prose costs with a small vocabulary, for when the server cannot be asked.
 USUAL_TOKENS_PER_WORD = 1.4
 
-_PROBE_WORDS = 96
+_PROBES = 6
+_PROBE_WORDS = 64
 
 
 class PromptMaker:
-    """Cuts prompts from ``words``. Equal ``seed``, ``index`` and length give an equal prompt."""
+    """Cuts prompts from ``words``. Equal ``seed``, ``index`` and length give an equal prompt.
 
-    def __init__(self, words: Sequence[str], tokens_per_word: float, seed: int) -> None:
+    With ``shared_tokens``, each prompt begins with that many tokens of one of ``prefixes`` common beginnings, drawn by
+    seed and index.
+    """
+
+    def __init__(
+        self, words: Sequence[str], tokens_per_word: float, seed: int, shared_tokens: int = 0, prefixes: int = 1
+    ) -> None:
         if not words:
             raise BadInput("the prompt text holds no words")
         if not (math.isfinite(tokens_per_word) and tokens_per_word > 0):
             raise BadInput(f"the number of tokens per word must be positive, not {tokens_per_word}")
+        check_shared(shared_tokens, prefixes)
         self._words = list(words)
         self._ratio = tokens_per_word
         self._seed = seed
+        self._shared = round(shared_tokens / tokens_per_word)
+        self._prefixes = prefixes
 
     def make(self, tokens: int, index: int) -> str:
         """A prompt of about ``tokens`` tokens.
 
-        It begins with its number, so that no two share a prefix and a prefix cache cannot blur a measurement.
+        Its own part begins with its number, so that no two share more than is meant and a prefix cache cannot blur a
+        measurement.
         """
         count = max(1, round(tokens / self._ratio))
-        start = random.Random(f"{self._seed}/{index}").randrange(len(self._words))
-        words = ["Page", f"{index + 1}."]
+        draw = random.Random(f"{self._seed}/{index}")
+        start = draw.randrange(len(self._words))
+        words = self._prefix(draw.randrange(self._prefixes))[: count - 1] if self._shared else []
+        words += ["Page", f"{index + 1}."]
+        if len(words) > count:
+            return " ".join([*words[: count - 1], words[-1]])
+        return " ".join(words + self._stretch(start, count - len(words)))
+
+    def _prefix(self, number: int) -> list[str]:
+        start = random.Random(f"{self._seed}/prefix/{number}").randrange(len(self._words))
+        return self._stretch(start, self._shared)
+
+    def _stretch(self, start: int, count: int) -> list[str]:
+        """``count`` words from ``start`` on, and from the beginning again at the text's end."""
+        words: list[str] = []
         while len(words) < count:
             words.extend(self._words[start : start + count - len(words)])
             start = 0
-        return " ".join(words[-count:] if count < 2 else words[:count])
+        return words
+
+
+def check_shared(shared_tokens: int, prefixes: int) -> None:
+    """Raises :class:`BadInput` for a length below 0 or fewer than one prefix."""
+    if shared_tokens < 0:
+        raise BadInput(f"a shared prefix must have at least 0 tokens, not {shared_tokens}")
+    if prefixes < 1:
+        raise BadInput(f"there must be at least 1 shared prefix, not {prefixes}")
 
 
 async def measure_tokens_per_word(client: AsyncMorphClient, words: Sequence[str]) -> float:
-    """Asks the server how many tokens a sample of ``words`` is. Raises what a request can raise."""
-    sample = list(words[:_PROBE_WORDS])
-    answer = await client.generate(" ".join(sample), sampling=SamplingParams(max_tokens=1, temperature=0.0))
-    return answer.num_input_tokens / len(sample) if answer.num_input_tokens else USUAL_TOKENS_PER_WORD
+    """Asks the server how many tokens samples from all over ``words`` are. Raises what a request can raise."""
+    step = max(1, (len(words) - _PROBE_WORDS) // (_PROBES - 1))
+    tokens = counted = 0
+    for start in range(0, min(len(words), step * (_PROBES - 1) + 1), step):
+        sample = list(words[start : start + _PROBE_WORDS])
+        answer = await client.generate(" ".join(sample), sampling=SamplingParams(max_tokens=1, temperature=0.0))
+        tokens, counted = tokens + answer.num_input_tokens, counted + len(sample)
+    return tokens / counted if tokens else USUAL_TOKENS_PER_WORD
 
 
 def words_of(path: Path | None) -> list[str]:
     """The words of a text file, or of the built-in text. Raises :class:`BadInput` if the file cannot be used."""
-    if path is None:
-        return _BUILT_IN.split()
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise BadInput(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from None
-    except UnicodeDecodeError:
-        raise BadInput(f"{path} is not a UTF-8 text file") from None
-    if not words:
-        raise BadInput(f"{path} holds no words")
-    return words
+    return _BUILT_IN.split() if path is None else read_words(path)
 
 
 _BUILT_IN = """

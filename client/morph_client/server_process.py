@@ -9,7 +9,6 @@ import importlib.machinery
 import importlib.util
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 
 from morph_client.errors import MissingDependency, MorphError
+from morph_client.ports import free_ports
 
 LAUNCHER = "morph_backend.launcher"
 
@@ -53,21 +53,12 @@ def require_launcher() -> None:
         raise MissingDependency("the server part is not installed: pip install 'morphserve[server,embedded]'")
 
 
-def free_ports() -> Ports:
-    """Three ports that are free now. All are held while choosing, so they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("", 0))
-        return Ports(*(one.getsockname()[1] for one in sockets))
-
-
 class EmbeddedServer:
     """One run of the launcher, in a process group of its own. Use it as a context manager."""
 
     def __init__(self, mode: str, log_path: Path, *, environment: Mapping[str, str] | None = None) -> None:
         self.mode = mode
-        self.ports = free_ports()
+        self.ports = Ports(*free_ports(3))
         self.log_path = log_path
         self._environment = {
             **(os.environ if environment is None else environment),

@@ -18,6 +18,10 @@ class ServerState:
     level: int | None
     level_max: int | None
     mode: str | None
+    cap: float | None
+    """Share of the levels that may be used, besides the mode's own limit."""
+    slo_feasible: bool | None
+    """Whether some level that may be used is forecast to meet the SLOs."""
     layer_bits: tuple[int, ...]
     """16, 8 or 4 for each decoder layer, first to last."""
     kv_capacity: float | None
@@ -65,6 +69,7 @@ class ServerState:
             return metrics.get(name, model=model) or 0.0
 
         up = metrics.get("morph_engine_up", model=model)
+        feasible = metrics.get("morph_slo_feasible", model=model)
         bits = metrics.by_label("morph_layer_bits", "layer", model=model)
         modes = metrics.by_label("morph_mode", "mode", model=model)
         kv_dtypes = metrics.by_label("morph_kv_dtype", "dtype", model=model)
@@ -76,6 +81,8 @@ class ServerState:
             level=whole("morph_level"),
             level_max=whole("morph_level_max"),
             mode=next((mode for mode, on in modes.items() if on == 1), None),
+            cap=metrics.get("morph_cap", model=model),
+            slo_feasible=None if feasible is None else feasible == 1,
             layer_bits=tuple(round(bits[layer]) for layer in sorted(bits, key=_layer_number)),
             kv_capacity=metrics.get("morph_kv_blocks_capacity", model=model),
             kv_used=metrics.get("morph_kv_blocks_used", model=model),

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from morph_client.errors import BadInput
 from morph_client.types import RungShare
 
 
@@ -33,6 +34,12 @@ class RequestRecord:
     rung_share: RungShare | None
     error: str | None
     """The error's sentence, or ``None`` if the answer is complete."""
+    gaps_s: tuple[float, ...] = ()
+    """Pauses between responses that carried tokens: what a reader of the stream sees."""
+    text: str | None = None
+    """The output; ``None`` unless it was kept."""
+    slo_class: str | None = None
+    """The service class that the trace gives the request."""
 
     @property
     def ttft_s(self) -> float | None:
@@ -73,12 +80,18 @@ class Summary:
     ttft_s: Spread
     tpot_s: Spread
     e2e_s: Spread
+    itl_s: Spread
+    """Pauses between responses, all requests together."""
     output_tokens: int
     span_s: float
     """From the first request's due time to the last token."""
     output_tokens_per_s: float
+    requests_per_s: float
+    """Complete answers per second of the span."""
     slo_violations: int | None
-    """Requests that failed or whose first token came later than the target; ``None`` without a target."""
+    """Requests that failed or missed a target; ``None`` without targets."""
+    goodput_per_s: float | None
+    """Complete answers within all targets, per second of the span; ``None`` without targets."""
     level0_share: float | None
     """Share of output tokens computed with every layer at full precision."""
     rung_share: RungShare | None
@@ -106,13 +119,34 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(math.fsum(values) / len(values), *(percentile(values, p) for p in (50, 95, 99)))
 
 
-def summarise(records: Sequence[RequestRecord], ttft_slo_s: float | None = None) -> Summary:
+@dataclass(frozen=True)
+class Targets:
+    """Service-level objectives in seconds; ``None`` is no objective."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("TTFT", self.ttft_s), ("TPOT", self.tpot_s)):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise BadInput(f"the {name} target must be a positive number of seconds, not {value:g}")
+
+    def missed(self, record: RequestRecord) -> bool:
+        """Whether the request failed or was slower than a target."""
+        late = (record.ttft_s or 0.0) > (self.ttft_s or math.inf)
+        return record.error is not None or late or (record.tpot_s or 0.0) > (self.tpot_s or math.inf)
+
+
+NO_TARGETS = Targets()
+
+
+def summarise(records: Sequence[RequestRecord], targets: Targets = NO_TARGETS) -> Summary:
     """The figures of a run. Latencies are those of the complete answers; a failed request counts as an error."""
     good = [r for r in records if r.error is None]
     ends = [r.last_s for r in records if r.last_s is not None]
     span = max(ends) - min(r.due_s for r in records) if ends else 0.0
     tokens = sum(r.output_tokens for r in records)
-    late = [r for r in records if r.error is not None or (r.ttft_s or 0.0) > (ttft_slo_s or math.inf)]
+    late = None if targets == NO_TARGETS else sum(map(targets.missed, records))
     return Summary(
         requests=len(records),
         errors=len(records) - len(good),
@@ -120,10 +154,13 @@ def summarise(records: Sequence[RequestRecord], ttft_slo_s: float | None = None)
         ttft_s=spread([r.ttft_s for r in good if r.ttft_s is not None]),
         tpot_s=spread([r.tpot_s for r in good if r.tpot_s is not None]),
         e2e_s=spread([r.e2e_s for r in good if r.e2e_s is not None]),
+        itl_s=spread([gap for r in good for gap in r.gaps_s]),
         output_tokens=tokens,
         span_s=span,
         output_tokens_per_s=tokens / span if span > 0 else 0.0,
-        slo_violations=None if ttft_slo_s is None else len(late),
+        requests_per_s=len(good) / span if span > 0 else 0.0,
+        slo_violations=late,
+        goodput_per_s=None if late is None else (len(records) - late) / span if span > 0 else 0.0,
         level0_share=_level0_share(records),
         rung_share=_mean_share(records),
         max_level=max((r.max_level for r in records), default=0),

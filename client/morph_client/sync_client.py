@@ -155,6 +155,9 @@ class MorphClient:
             slo_class=slo_class,
             details=details,
         )
+        return self._send(request, deadline_s)
+
+    def _send(self, request: wire.Request, deadline_s: float | None) -> TokenStream:
         stub = next(self._turn)
         try:
             call = stub.ModelStreamInfer(iter([request.to_message()]), timeout=deadline_s, metadata=self._metadata)
@@ -194,6 +197,18 @@ class MorphClient:
             for chunk in chunks:
                 builder.add(chunk)
         return builder.build()
+
+    def set_mode(
+        self, mode: str = "", *, cap: float | None = None, admin_key: str, deadline_s: float | None = 60.0
+    ) -> str:
+        """Changes the controller's mode, the share of levels that it may use, or both; the server keeps serving.
+
+        ``admin_key`` is the server's ``MORPH_ADMIN_KEY``. Returns the server's answer, one sentence. Raises
+        :class:`InvalidRequest` for a wrong key, an unknown mode, or a cap that is not between 0 and 1.
+        """
+        request = wire.mode_request(self.model, mode, cap, admin_key)
+        with self._send(request, deadline_s) as chunks:
+            return "".join(chunk.text for chunk in chunks)
 
     def server_ready(self, timeout_s: float = 2.0) -> bool:
         """Whether the model takes requests. False as well when no server answers within ``timeout_s`` seconds."""

@@ -20,6 +20,9 @@ class TraceRequest:
     arrival_s: float
     prompt_tokens: int
     output_tokens: int
+    priority: int = 0
+    """1 is the highest; 0 leaves the server's default."""
+    slo_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,10 @@ class Trace:
     format: str
     """``morph``, ``azure-2023`` or ``burstgpt``."""
     requests: tuple[TraceRequest, ...]
+
+
+_PRIORITY, _SLO_CLASS = "priority", "slo_class"
+"""Columns that a file of any format may have besides."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,13 @@ def cut_window(trace: Trace, offset_s: float, window_s: float | None) -> Trace:
     return replace(trace, requests=tuple(kept))
 
 
+def keep_every(trace: Trace, n: int) -> Trace:
+    """Keeps the first request and every n-th after it. Raises :class:`BadInput` for n below 1."""
+    if n < 1:
+        raise BadInput(f"'every n-th request' needs an n of at least 1, not {n}")
+    return replace(trace, requests=trace.requests[::n])
+
+
 def thin(trace: Trace, factor: float, seed: int) -> Trace:
     """Keeps one request in ``factor``, drawn at random, so the load falls and its shape stays.
 
@@ -137,6 +151,18 @@ def clip(trace: Trace, max_prompt_tokens: int | None, max_output_tokens: int | N
     return replace(trace, requests=tuple(shortened))
 
 
+def fix_lengths(trace: Trace, prompt_tokens: int | None, output_tokens: int | None) -> Trace:
+    """Gives every request these lengths; ``None`` leaves the trace's. Raises :class:`BadInput` for a length below 1."""
+    for length in (prompt_tokens, output_tokens):
+        if length is not None and length < 1:
+            raise BadInput(f"a fixed length must be at least 1 token, not {length}")
+    fixed = (
+        replace(r, prompt_tokens=prompt_tokens or r.prompt_tokens, output_tokens=output_tokens or r.output_tokens)
+        for r in trace.requests
+    )
+    return replace(trace, requests=tuple(fixed))
+
+
 def _shown(text: str) -> str:
     """A cell as part of a sentence: short, on one line."""
     text = text if text.isprintable() else ascii(text)[1:-1]
@@ -159,6 +185,7 @@ def _requests(
     rows: Iterator[list[str]], header: list[str], layout: _Format, path: Path, skip_zero_tokens: bool
 ) -> Iterator[TraceRequest]:
     places = [header.index(name) for name in (layout.time, layout.prompt, layout.output)]
+    extra = [header.index(name) if name in header else None for name in (_PRIORITY, _SLO_CLASS)]
     earlier = -math.inf
     for line, row in enumerate(rows, 2):
         if not any(cell.strip() for cell in row):
@@ -187,5 +214,8 @@ def _requests(
                 raise refuse(column, f"'{_shown(text)}' is not a whole number of tokens") from None
             if lengths[-1] < 0 or (lengths[-1] == 0 and not skip_zero_tokens):
                 raise refuse(column, f"{_shown(text)} tokens cannot be replayed (--skip-empty drops rows of 0 tokens)")
+        level, name = (row[place].strip() if place is not None and place < len(row) else "" for place in extra)
+        if not (level or "0").isdecimal():
+            raise refuse(_PRIORITY, f"'{_shown(level)}' is not a priority: write 1 (the highest) or more, or nothing")
         if all(lengths):
-            yield TraceRequest(arrival, *lengths)
+            yield TraceRequest(arrival, lengths[0], lengths[1], int(level or "0"), name or None)

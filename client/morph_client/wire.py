@@ -39,6 +39,8 @@ class Request:
     priority: int
     timeout_us: int | None
     slo_class: str | None
+    settings: tuple[tuple[str, str], ...] = ()
+    """Request parameters of the administrator."""
 
     def to_message(self) -> Any:
         """As a ``ModelInferRequest``."""
@@ -56,6 +58,8 @@ class Request:
             message.parameters["timeout"].int64_param = self.timeout_us
         if self.slo_class is not None:
             message.parameters["slo_class"].string_param = self.slo_class
+        for name, text in self.settings:
+            message.parameters[name].string_param = text
         return message
 
     def to_triton_kwargs(self) -> dict[str, Any]:
@@ -115,6 +119,15 @@ def build_request(
         timeout_us=None if timeout_s is None else max(1, round(timeout_s * 1e6)),
         slo_class=slo_class,
     )
+
+
+def mode_request(model: str, mode: str, cap: float | None, admin_key: str) -> Request:
+    """Changes the controller's mode, its cap, or both. It goes ahead of everything in the server's queue."""
+    settings = {"morph_mode": mode, "morph_cap": "" if cap is None else repr(cap), "morph_admin_key": admin_key}
+    return Request(
+        model=model, request_id=uuid.uuid4().hex, texts=(("text_input", ""),), flags=(), priority=1, timeout_us=None,
+        slo_class=None, settings=tuple((name, text) for name, text in settings.items() if text),
+    )  # fmt: skip
 
 
 def channel_options(own_connection: bool) -> list[tuple[str, int]]:

@@ -67,7 +67,14 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, 
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     parts, plan = build_parts(config, wake, opener)
-    return Engine(replace(parts, costs=find_costs(parts, plan, resolve_model_folder(config.model.path))))
+    if config.morph.pin:  # nothing is ever decided, so nothing needs to be predicted
+        engine = Engine(parts)
+        engine.set_level(plan.level_of(config.morph.pin))
+        return engine
+    costs = find_costs(parts, plan, resolve_model_folder(config.model.path))
+    if costs is not None:
+        parts.controller.use_costs(costs, config.scheduler.max_num_batched_tokens)
+    return Engine(replace(parts, costs=costs))
 
 
 def build_parts(
@@ -135,6 +142,7 @@ def build_parts(
         intake=Intake(scheduler, grammars, share_prompts=config.cache.prefix),
         runner=runner,
         order=device.order,
+        gpu_used_share=device.memory_used_share,
     )
     return parts, plan
 

@@ -136,9 +136,9 @@ class EngineClient:
         """Tell the controller what the outer queue shows. Raises EngineDown."""
         self._send(signal)
 
-    def set_mode(self, mode: str) -> None:
-        """Change the controller's mode. Raises EngineDown."""
-        self._send(SetMode(mode=mode))
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None:
+        """Change the controller's mode, its cap, or both. Raises EngineDown."""
+        self._send(SetMode(mode=mode, cap=cap))
 
     def kill(self) -> None:
         """End an engine that does not answer, at once; `on_down` follows."""

@@ -7,6 +7,7 @@ it (at most one is in flight when `step` returns). Without, each is resolved at 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -39,9 +40,10 @@ from morph_runtime.morph.controller import Controller
 from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.shifter import LevelShifter
-from morph_runtime.morph.signals import LoadStatistics
+from morph_runtime.morph.signals import LoadReader
 from morph_runtime.morph.swapper import LayerSwapper
 from morph_runtime.scheduler import Request, RequestState, Scheduler, StepPlan
+from morph_runtime.slo import class_index
 from morph_runtime.weights.spec import ModelSpec
 
 NEEDS_VALUES = attrgetter("needs_values")
@@ -69,6 +71,7 @@ class EngineParts:
     intake: Intake
     runner: StepRunner
     order: DeviceOrder
+    gpu_used_share: Callable[[], float]
     costs: StepCosts | None = None
     """What steps and shifts cost; None: not known."""
 
@@ -103,7 +106,12 @@ class Engine:
 
     def __init__(self, parts: EngineParts) -> None:
         self._parts = parts
-        self._statistics = LoadStatistics()
+        scheduler = parts.config.scheduler
+        self._statistics = LoadReader(
+            parts.capacities, scheduler.max_num_seqs, scheduler.max_num_batched_tokens,
+            parts.config.memory.block_tokens, len(parts.controller.classes),
+        )  # fmt: skip
+        self._gpu_used_share = -1.0
         self._queue: QueueSignal | None = None
         self._next_decision_s = 0.0
         self._steps = 0
@@ -122,17 +130,17 @@ class Engine:
         """Take a request into the waiting line; the serving process has validated it."""
         if message.sampling.history:
             self._histories.begin(message.key)
-        self._parts.intake.submit(
-            Request(
-                key=message.key,
-                tokens=[*message.prompt, *message.resumed],
-                prompt_len=len(message.prompt),
-                sampling=message.sampling,
-                priority=message.priority,
-                arrival_s=message.arrival_s,
-            ),
-            message.after,
+        request = Request(
+            key=message.key,
+            tokens=[*message.prompt, *message.resumed],
+            prompt_len=len(message.prompt),
+            sampling=message.sampling,
+            priority=message.priority,
+            arrival_s=message.arrival_s,
+            slo=class_index(self._parts.controller.classes, message.slo_class),
         )
+        self._statistics.submitted(request)
+        self._parts.intake.submit(request, message.after)
 
     def cancel(self, key: int) -> None:
         """End a request; its blocks are free at once or after the step in flight. An unknown key has ended already."""
@@ -148,9 +156,9 @@ class Engine:
         """What the outer queue shows."""
         self._queue = signal
 
-    def set_mode(self, mode: str) -> None:
-        """Change the controller's mode."""
-        self._parts.controller.set_mode(mode)
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None:
+        """Change the controller's mode, the cap on the share of levels that it may use, or both."""
+        self._parts.controller.set_mode(mode, cap)
 
     def set_level(self, level: int) -> None:
         """Go to a level and wait until it is reached; for scripted schedules with mode `off`'s controller asleep."""
@@ -176,7 +184,7 @@ class Engine:
         return self._parts.order.queues and self._parts.shifter.busy
 
     @property
-    def statistics(self) -> LoadStatistics:
+    def statistics(self) -> LoadReader:
         """What finished requests were like."""
         return self._statistics
 
@@ -200,7 +208,7 @@ class Engine:
         """
         began = time.monotonic()
         self._parts.shifter.poll()
-        if decide and began >= self._next_decision_s:
+        if decide and not self._parts.config.morph.pin and began >= self._next_decision_s:
             self._decide(began)
         scheduler, intake = self._parts.scheduler, self._parts.intake
         self._news.finished += intake.admit()
@@ -209,6 +217,7 @@ class Engine:
         plan = scheduler.schedule(self.level)
         for request in plan.started:
             request.started_s = began
+            self._statistics.started(request)
         launched = self._launch(plan, began) if plan.slices else None
         self.settle()
         self._flight = launched
@@ -265,6 +274,8 @@ class Engine:
             if request.state is running:  # else it has ended since the launch
                 own, request.prompt_scores = request.prompt_scores, []
                 score = [scores[row]] if row in scores else []
+                if len(request.tokens) == request.prompt_len + 1:
+                    self._statistics.first_token(request, now)
                 history = self._histories.take(request.key) if told else []
                 news.tokens.append(TokenDelta(request.key, [token], levels, score, own, history))
         for request, reason in scheduler.resolve(flight.plan, tokens, flight.level):
@@ -276,6 +287,7 @@ class Engine:
         self._steps += 1
         seconds = now - max(flight.began_s, self._resolved_s)
         self._step_seconds += seconds
+        self._statistics.stepped(seconds)
         self._resolved_s = now
         if self._correction is not None:
             self._correction.observe(flight.level, flight.predicted_s, seconds)
@@ -284,15 +296,12 @@ class Engine:
         settings, shifter = self._parts.config.morph, self._parts.shifter
         if shifter.target > shifter.level:
             return  # on the way down; asking again half-way would only repeat the decision
-        self._next_decision_s = now + settings.interval_s
-        queue = self._queue
-        if queue is not None and now - queue.taken_s > settings.signal_stale_s:
-            queue = None
-        signals = self._statistics.read(
-            now, self.level, self._parts.capacities, self._parts.pool.num_used,
-            self._parts.config.scheduler.max_num_seqs, self._parts.scheduler, queue,
+        load = self._statistics.read(
+            now, self.level, self._parts.pool.num_used, self._parts.scheduler, self._queue, settings.signal_stale_s,
+            self._gpu_used_share, 1.0 if self._correction is None else self._correction.ratio(self.level),
         )  # fmt: skip
-        shifter.target = self._parts.controller.decide(signals)
+        shifter.target = self._parts.controller.decide(load)
+        self._next_decision_s = now + max(settings.interval_s, self._parts.controller.pause_s)
 
     # -- what others may know ------------------------------------------------------------------------------------
 
@@ -333,6 +342,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """A snapshot; takes the controller's fresh decisions with it."""
         parts = self._parts
+        self._gpu_used_share = parts.gpu_used_share()
         counters = parts.shifter.counters
         by_range = parts.arena.resident_bytes()
         weights = sum(n for name, n in by_range.items() if name.startswith("weights."))
@@ -366,6 +376,13 @@ class Engine:
             kv_blocks_cached=parts.pool.num_cached,
             prefix_queries=parts.scheduler.prefix_queries,
             prefix_hits=parts.scheduler.prefix_hits,
+            cap=parts.controller.cap,
+            slo_feasible=parts.controller.slo_feasible,
+            signals={**self._statistics.signals, "costs": parts.controller.has_costs},
+            estimate_errors=self._statistics.errors,
+            computed_tokens=parts.scheduler.computed_tokens,
+            clean_tokens=parts.scheduler.clean_tokens,
+            gpu_used_share=self._gpu_used_share,
         )
 
     def close(self) -> None:

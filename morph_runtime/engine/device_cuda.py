@@ -181,6 +181,10 @@ class CudaDevice(EngineDevice):
         self._note("after capture", parts.arena)
         return runner
 
+    def memory_used_share(self) -> float:
+        """See `EngineDevice.memory_used_share`."""
+        return self._memory.used_share()
+
     def _note(self, when: str, arena: PageArena) -> None:
         """Log what is taken outside the arena."""
         outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes

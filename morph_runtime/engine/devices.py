@@ -88,6 +88,10 @@ class EngineDevice(ABC):
     def runner(self, parts: RunnerParts) -> StepRunner:
         """Who runs steps; the layers are loaded. Compiles, warms up and captures whatever will be needed."""
 
+    def memory_used_share(self) -> float:
+        """Share of the GPU's memory in use, by whomever; -1 where there is none."""
+        return -1.0
+
     @abstractmethod
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:
         """Give the arena what the budget leaves now that everything else is there.

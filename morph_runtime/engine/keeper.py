@@ -78,7 +78,7 @@ class EngineKeeper:
         self._lock = threading.Lock()  # guards what follows, down to _gone
         self._kept = KeptRequests(self._write)
         self._run: Run | None = None  # the engine that requests go to; None while there is none
-        self._mode = ""
+        self._mode = SetMode()
         self._gone = ""  # why there will be no engine any more
         self._present: Run | None = None  # the engine that close() must end, ready or not
         self._telling = threading.RLock()  # one call of the listener at a time; it may cancel meanwhile
@@ -129,11 +129,12 @@ class EngineKeeper:
             if self._silent_s < QUIET_S:
                 self._write(signal)
 
-    def set_mode(self, mode: str) -> None:
-        """Change the controller's mode, also of engines to come."""
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None:
+        """Change the controller's mode, its cap, or both, also of engines to come."""
         with self._lock:
-            self._mode = mode
-            self._write(SetMode(mode=mode))
+            before = self._mode
+            self._mode = SetMode(mode or before.mode, before.cap if cap is None else cap)
+            self._write(self._mode)
 
     def close(self, drain_s: float = 0.0) -> None:
         """End the engine and both threads; no word follows."""
@@ -258,8 +259,8 @@ class EngineKeeper:
         run.ready_s = self._clock()
         with self._lock:
             self._run = run
-            if self._mode:
-                self._write(SetMode(mode=self._mode))
+            if self._mode != SetMode():
+                self._write(self._mode)
             self._kept.admit()
         return info
 
@@ -312,4 +313,4 @@ def _send(engine: EngineHandle, message: Submit | Cancel | QueueSignal | SetMode
     elif isinstance(message, QueueSignal):
         engine.publish_queue(message)
     else:
-        engine.set_mode(message.mode)
+        engine.set_mode(message.mode, message.cap)

@@ -111,9 +111,15 @@ class QueueSignal(msgspec.Struct, frozen=True, tag="queue"):
 
 
 class SetMode(msgspec.Struct, frozen=True, tag="mode"):
-    """Change the controller's mode at run time: `accuracy`, `balanced`, `performance` or `off`."""
+    """Change the controller at run time.
 
-    mode: str
+    Attributes:
+        mode: `accuracy`, `balanced`, `performance` or `off`; empty: as it is.
+        cap: share of the levels that may be used, 0 to 1; None: as it is.
+    """
+
+    mode: str = ""
+    cap: float | None = None
 
 
 class Drain(msgspec.Struct, frozen=True, tag="drain"):
@@ -210,8 +216,28 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step"):
     """For each of `started`: tokens of its prompt that the prefix cache held."""
 
 
+class Considered(msgspec.Struct, frozen=True, array_like=True):
+    """What was forecast of one level.
+
+    Attributes:
+        score: 0 where the SLOs are met; else the mean share by which they are overrun.
+        late: share of the requests whose TTFT would be above its bound.
+        ttft_s: the longest TTFT of those that wait or will come.
+        tpot_s: mean time between two tokens.
+    """
+
+    level: int
+    score: float
+    late: float
+    ttft_s: float
+    tpot_s: float
+
+
 class Decision(msgspec.Struct, frozen=True):
-    """One decision of the controller, with its inputs and its reason."""
+    """One decision of the controller, with its inputs, its reason and what was forecast of the levels that mattered.
+
+    `met` is false if the SLOs are not expected to be met at any level that may be used.
+    """
 
     at_s: float
     action: str
@@ -219,6 +245,8 @@ class Decision(msgspec.Struct, frozen=True):
     level_from: int
     level_to: int
     inputs: dict[str, float]
+    considered: list[Considered] = []
+    met: bool = True
 
 
 class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
@@ -226,6 +254,10 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
 
     Counters are totals since the engine started; `prefix_queries` and `prefix_hits` count tokens.
     `layer_bits` has one entry per decoder layer: 16, 8 or 4.
+    `signals` says of each input of the controller whether it is there; `estimate_errors` by how much estimates have
+    differed of late (lengths: as a share of the truth; `queue_age`: seconds). `computed_tokens` counts tokens whose
+    keys and values were computed, of requests that are over; `clean_tokens` those that nothing below full precision
+    went into. `gpu_used_share` is what NVML shows of the GPU's memory; -1 without a GPU.
     Bytes are of the page arena. `decisions` holds those made since the last snapshot.
     """
 
@@ -257,6 +289,13 @@ class EngineStats(msgspec.Struct, frozen=True, tag="stats"):
     kv_blocks_cached: int = 0
     prefix_queries: int = 0
     prefix_hits: int = 0
+    cap: float = 1.0
+    slo_feasible: bool = True
+    signals: dict[str, bool] = {}
+    estimate_errors: dict[str, float] = {}
+    computed_tokens: int = 0
+    clean_tokens: int = 0
+    gpu_used_share: float = -1.0
 
 
 class EngineFailure(msgspec.Struct, frozen=True, tag="failure"):

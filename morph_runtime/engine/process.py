@@ -100,7 +100,7 @@ def serve(inbox: Inbox, writer: FrameWriter, config: EngineConfig) -> None:
             elif isinstance(message, QueueSignal):
                 engine.queue_signal(message)
             elif isinstance(message, SetMode):
-                engine.set_mode(message.mode)
+                engine.set_mode(message.mode, message.cap)
             elif isinstance(message, Drain):
                 draining = True
         level = engine.level

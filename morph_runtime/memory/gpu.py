@@ -53,5 +53,13 @@ class GpuMemory:
         """Bytes taken since."""
         return self._used() - self._before
 
+    def used_share(self) -> float:
+        """Share of the GPU's memory that is taken, by whomever; -1 if NVML does not answer any more."""
+        try:
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
+        except self._nvml.NVMLError:
+            return -1.0
+        return float(memory.used) / float(memory.total)
+
     def _used(self) -> int:
         return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)

@@ -1,65 +1,50 @@
-"""The controller: the least degradation that holds the TTFT target, and back up as soon as the load allows.
+"""The controller: reads the load, asks a rule for a level, keeps the mode's and the operator's caps, and tells why.
 
-It acts only when KV capacity is what requests wait for; a queue for any other reason (all sequences
-taken, compute) is not shortened by more KV blocks, so it holds (DESIGN: no step that does not help).
-
-Down: the expected wait at level k follows from Little's law: blocks are released at
-capacity / residence, so what exceeds the capacity waits `excess / (capacity / residence)`. The
-smallest k that keeps it within the mode's bound is the target.
-Up: the demand's peak over the dwell time must fit the lower level with a margin. Using the peak, not
-the present value, is what keeps a load near the edge from flapping.
+With a cost model it decides by forecast (`prediction_rule`), without one by KV capacity alone (`capacity_rule`).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections import deque
-from dataclasses import dataclass
+import math
 
 from morph_runtime.config import MorphSettings
 from morph_runtime.engine.messages import Decision
-from morph_runtime.morph.signals import Signals
-
-
-@dataclass(frozen=True)
-class ModeTargets:
-    """What a mode changes.
-
-    Attributes:
-        wait_bound: expected wait that is still accepted, as a share of the TTFT target.
-        persist_s: seconds for which KV must have been the bottleneck before a down-shift.
-        deepest: share of the levels that may be used.
-        up_margin: share of a level's blocks that must stay free to go back up to it.
-    """
-
-    wait_bound: float
-    persist_s: float
-    deepest: float
-    up_margin: float
-
-
-MODE_TARGETS = {
-    "accuracy": ModeTargets(wait_bound=1.0, persist_s=1.0, deepest=0.5, up_margin=0.02),
-    "balanced": ModeTargets(wait_bound=0.5, persist_s=0.3, deepest=1.0, up_margin=0.05),
-    "performance": ModeTargets(wait_bound=0.0, persist_s=0.1, deepest=1.0, up_margin=0.15),
-    "off": ModeTargets(wait_bound=0.0, persist_s=0.0, deepest=0.0, up_margin=0.0),
-}
+from morph_runtime.morph.capacity_rule import CapacityRule
+from morph_runtime.morph.costs import StepCosts
+from morph_runtime.morph.forecast import Forecaster
+from morph_runtime.morph.load import Load
+from morph_runtime.morph.modes import MODE_TARGETS, Choice
+from morph_runtime.morph.prediction_rule import PredictionRule
+from morph_runtime.slo import parse_classes
 
 
 class Controller:
-    """Turns signals into a target level. Pure but for its memory: the same readings give the same decisions."""
+    """Turns a load into a target level. Pure but for its memory: the same readings give the same decisions."""
 
-    def __init__(self, settings: MorphSettings, max_level: int) -> None:
-        self._settings = settings
+    def __init__(
+        self, settings: MorphSettings, max_level: int, costs: StepCosts | None = None, max_batched_tokens: int = 512
+    ) -> None:
+        """`costs`: None where none were measured; `max_batched_tokens`: tokens of one step.
+
+        Raises:
+            ConfigError: `morph.slo_classes` is not valid.
+        """
         self._max_level = max_level
         self._mode = settings.mode
-        self._bound_since: float | None = None
-        self._last_down_s = float("-inf")
-        self._peaks: deque[tuple[float, float]] = deque()
-        self._preemptions = 0
+        self._cap = settings.max_level_share
+        self.classes = parse_classes(settings.slo_classes, settings.ttft_slo_s, settings.tpot_slo_s)
+        self._settings = settings
+        self._rule: CapacityRule | PredictionRule = CapacityRule(settings)
+        self._warned = False
+        if costs is not None:
+            self.use_costs(costs, max_batched_tokens)
+        self.slo_feasible = True
+        """Whether some permitted level was forecast to meet the SLOs at the last decision."""
         self._fresh: list[Decision] = []
         self._last_hold = ""
+        self._heading: int | None = None
         self.counts: dict[str, int] = {}
 
     @property
@@ -67,101 +52,82 @@ class Controller:
         """The mode in force."""
         return self._mode
 
-    def set_mode(self, mode: str) -> None:
-        """Change the mode. Raises KeyError for an unknown one."""
-        MODE_TARGETS[mode]
-        self._mode = mode
+    @property
+    def cap(self) -> float:
+        """The share of the levels that may be used, besides the mode's own."""
+        return self._cap
 
-    def decide(self, signals: Signals) -> int:
-        """The level to go to; the decision and its reason are logged and counted."""
-        self._remember(signals)
-        target, reason = self._choose(signals)
-        action = "hold" if target == signals.level else ("down" if target > signals.level else "up")
-        if action == "down":
-            self._last_down_s = signals.now_s
-        self._record(signals, action, reason, target)
-        return target
+    @property
+    def deepest(self) -> int:
+        """The deepest level that may be used now."""
+        return math.floor(min(self._cap, MODE_TARGETS[self._mode].deepest) * self._max_level + 0.5)
+
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None:
+        """Change the mode, the cap, or both. Raises KeyError for an unknown mode."""
+        if mode:
+            MODE_TARGETS[mode]
+            self._mode = mode
+        if cap is not None:
+            self._cap = cap
+
+    def use_costs(self, costs: StepCosts, max_batched_tokens: int) -> None:
+        """Decide by forecast from now on."""
+        self._rule = PredictionRule(self._settings, Forecaster(costs, self.classes, max_batched_tokens))
+
+    @property
+    def has_costs(self) -> bool:
+        """Whether it decides by forecast."""
+        return isinstance(self._rule, PredictionRule)
+
+    @property
+    def pause_s(self) -> float:
+        """Seconds after a decision for which another load would not be looked at."""
+        return self._rule.pause_s
+
+    def decide(self, load: Load) -> int:
+        """The level to go to. A decision is logged and counted with its reason; where the rule wants to see no more
+        than it has seen a moment ago, the level stays as it is."""
+        mode, deepest = MODE_TARGETS[self._mode], self.deepest
+        if not (self.has_costs or self._warned):
+            self._warned = True
+            logging.getLogger(__name__).warning(
+                "there is no cost model: levels are chosen by KV capacity alone, not by what they do to latency"
+            )
+        if load.level > deepest:
+            choice = Choice(deepest, "mode" if deepest == round(mode.deepest * self._max_level) else "cap")
+        elif deepest == 0:
+            choice = Choice(0, "mode" if self._mode == "off" else "cap")
+        else:
+            choice = self._rule.choose(load, mode, deepest)
+            if choice.held:
+                return choice.target
+            self.slo_feasible = choice.met
+        self._record(load, choice)
+        return choice.target
 
     def take_decisions(self) -> list[Decision]:
         """Decisions other than repeated holds since the last call."""
         fresh, self._fresh = self._fresh, []
         return fresh
 
-    def _choose(self, signals: Signals) -> tuple[int, str]:
-        mode = MODE_TARGETS[self._mode]
-        deepest = round(mode.deepest * self._max_level)
-        if signals.level > deepest:
-            return deepest, "mode"
-        if self._kv_bound(signals):
-            return self._down(signals, mode, deepest)
-        return self._up(signals, mode)
-
-    def _kv_bound(self, signals: Signals) -> bool:
-        """Whether requests wait for KV blocks, and for nothing else."""
-        preempted = signals.preemptions > self._preemptions
-        self._preemptions = signals.preemptions
-        bound = (signals.waiting > 0 and not signals.head_fits) or preempted
-        if bound and signals.running < signals.max_running:
-            self._bound_since = signals.now_s if self._bound_since is None else self._bound_since
-        else:
-            self._bound_since = None
-        return self._bound_since is not None
-
-    def _down(self, signals: Signals, mode: ModeTargets, deepest: int) -> tuple[int, str]:
-        assert self._bound_since is not None
-        if signals.level >= deepest:
-            return signals.level, "deepest"
-        if signals.now_s - self._bound_since < mode.persist_s:
-            return signals.level, "persistence"
-        bound = mode.wait_bound * self._settings.ttft_slo_s
-        if expected_wait_s(signals, signals.level) <= bound and mode.wait_bound > 0:
-            return signals.level, "wait_within_target"
-        for level in range(signals.level + 1, deepest + 1):
-            if expected_wait_s(signals, level) <= bound:
-                return level, "kv_wait"
-        if signals.capacities[deepest] <= signals.capacities[signals.level]:
-            return signals.level, "no_gain"
-        return deepest, "kv_wait"
-
-    def _up(self, signals: Signals, mode: ModeTargets) -> tuple[int, str]:
-        if signals.level == 0:
-            return 0, "full_precision" if signals.backlog == 0 else "not_kv_bound"
-        since = min(signals.now_s - self._last_down_s, signals.now_s - self._peaks[0][0])
-        if since < self._settings.dwell_s:
-            return signals.level, "dwell"
-        peak = max(demand for _, demand in self._peaks)
-        for level in range(signals.level):
-            if peak <= (1 - mode.up_margin) * signals.capacities[level]:
-                return level, "pressure_gone"
-        return signals.level, "demand"
-
-    def _remember(self, signals: Signals) -> None:
-        """Keep the demand of the last dwell time (one older reading shows that the window is full)."""
-        self._peaks.append((signals.now_s, signals.demand))
-        while len(self._peaks) > 1 and signals.now_s - self._peaks[1][0] >= self._settings.dwell_s:
-            self._peaks.popleft()
-
-    def _record(self, signals: Signals, action: str, reason: str, target: int) -> None:
-        key = f"{action}/{reason}"
+    def _record(self, load: Load, choice: Choice) -> None:
+        target = choice.target
+        action = "hold" if target == load.level else ("down" if target > load.level else "up")
+        heading = None if action == "hold" else target
+        if heading is not None and heading == self._heading:
+            return  # on the way there: no new decision
+        self._heading = heading
+        key = f"{action}/{choice.reason}"
         self.counts[key] = self.counts.get(key, 0) + 1
-        if action == "hold" and reason == self._last_hold:
+        if action == "hold" and choice.reason == self._last_hold:
             return
-        self._last_hold = reason if action == "hold" else ""
+        self._last_hold = choice.reason if action == "hold" else ""
         decision = Decision(
-            at_s=signals.now_s, action=action, reason=reason, level_from=signals.level, level_to=target,
-            inputs=signals.as_inputs(),
+            at_s=load.now_s, action=action, reason=choice.reason, level_from=load.level, level_to=target,
+            inputs=load.as_inputs(), considered=choice.considered, met=choice.met,
         )  # fmt: skip
         self._fresh.append(decision)
         level = logging.DEBUG if action == "hold" else logging.INFO
         logging.getLogger(__name__).log(
-            level, "%s %d -> %d (%s) %s", action, signals.level, target, reason, json.dumps(decision.inputs)
+            level, "%s %d -> %d (%s) %s", action, load.level, target, choice.reason, json.dumps(decision.inputs)
         )
-
-
-def expected_wait_s(signals: Signals, level: int) -> float:
-    """Seconds that what exceeds the capacity of `level` is expected to wait for blocks (Little's law)."""
-    capacity = signals.capacities[level]
-    excess = signals.demand - capacity
-    if excess <= 0:
-        return 0.0
-    return excess * signals.residence_s / max(capacity, 1)

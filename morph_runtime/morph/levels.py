@@ -57,6 +57,14 @@ class LevelPlan:
                 result[layer] = self.ladder[steps - 1]
         return tuple(result)
 
+    def level_of(self, rung: str) -> int:
+        """The mildest level at which every layer is at `rung`.
+
+        Raises:
+            ValueError: the ladder does not have it.
+        """
+        return 0 if rung == "full" else self.num_layers * (self.ladder.index(rung) + 1)
+
     def transition(self, level: int, direction: int) -> Transition:
         """What changes from `level` to `level + direction` (direction is +1 or -1)."""
         before, after = self.rungs(level), self.rungs(level + direction)

@@ -19,6 +19,7 @@ the pool as kept, and the pool tells when it evicts one.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -58,12 +59,16 @@ class Cursor:
         blocks: blocks that are in the tree or need not be.
         level: the deepest level of any of its computed tokens.
         mixed: whether they were computed at several levels.
+        reused: tokens that it found here and did not compute.
+        clean: computed tokens before the first one that was computed at a level below full precision, or after one.
     """
 
     node: Node
     blocks: int = 0
     level: int = NOTHING
     mixed: bool = False
+    reused: int = 0
+    clean: int = sys.maxsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,12 @@ class PrefixCache:
         """Hold the blocks of a hit; where the request goes on from there."""
         self._pool.share(hit.blocks)
         hit.node.cursors += 1
-        return Cursor(hit.node, len(hit.blocks), hit.level)
+        reused = len(hit.blocks) * self._block_tokens
+        return Cursor(hit.node, len(hit.blocks), hit.level, False, reused, reused if hit.level > 0 else sys.maxsize)
 
-    def record(self, cursor: Cursor, tokens: Sequence[int], blocks: Sequence[int], computed: int, level: int) -> None:
+    def record(
+        self, cursor: Cursor, tokens: Sequence[int], blocks: Sequence[int], computed: int, level: int, new: int = 1
+    ) -> None:
         """Note that more tokens of a request were computed, at `level`; blocks that are full now can be found.
 
         Args:
@@ -118,8 +126,11 @@ class PrefixCache:
             blocks: its block table.
             computed: leading tokens whose keys and values are in these blocks.
             level: at which those were computed that are new since the last call.
+            new: how many of them the last step has computed.
         """
         if cursor.level != level:
+            if level > 0:
+                cursor.clean = min(cursor.clean, computed - new)
             cursor.mixed = cursor.mixed or cursor.level != NOTHING
             cursor.level = max(cursor.level, level)
         size = self._block_tokens

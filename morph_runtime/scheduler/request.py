@@ -43,6 +43,8 @@ class Request:
         limit: tokens at which it ends, whatever they are; set by the scheduler.
         scored: leading positions of its prompt whose logits were scored, or will be by the step in flight.
         prompt_scores: what came of that, as far as it is not sent yet.
+        slo: its service class, by index; for the controller.
+        expected_output: tokens of output that were expected of it when it came; 0: nothing was known.
     """
 
     key: int
@@ -64,6 +66,8 @@ class Request:
     limit: int = 0
     scored: int = 0
     prompt_scores: list[TokenLogprobs] = field(default_factory=list)
+    slo: int = 0
+    expected_output: float = 0.0
     state: RequestState = RequestState.WAITING
     order: tuple[int, float, int] = field(init=False)
 

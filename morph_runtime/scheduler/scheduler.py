@@ -57,6 +57,10 @@ class Scheduler:
         """Tokens of all requests that were scheduled for the first time."""
         self.prefix_hits = 0
         """Those among them that the prefix cache held."""
+        self.computed_tokens = 0
+        """Tokens of requests that have given up their blocks, whose keys and values they had computed."""
+        self.clean_tokens = 0
+        """Those among them that nothing below full precision went into, be it the layers or the KV they attended to."""
 
     # -- requests come and go ------------------------------------------------------------------------------------
 
@@ -106,9 +110,11 @@ class Scheduler:
         """Whether a waiting request could be admitted at `level` now: its blocks and the watermark are free."""
         return self._room(request, level) is not None
 
-    def shared_blocks(self, request: Request, level: int) -> int:
-        """Live blocks that a waiting request would share if it were admitted at `level` now."""
-        return self._live(self._find(request, level))
+    def reusable(self, request: Request, level: int) -> tuple[int, int]:
+        """What a waiting request would find if it were admitted at `level` now: tokens it need not compute, and live
+        blocks that it would share."""
+        hit = self._find(request, level)
+        return len(hit.blocks) * self._block_tokens, self._live(hit)
 
     # -- one step ------------------------------------------------------------------------------------------------
 
@@ -195,7 +201,7 @@ class Scheduler:
             cursor, stop = request.cursor, start + length
             assert cursor is not None
             if length > 1 or stop % size == 0 or cursor.level != level:  # else there is nothing to note
-                self._prefix.record(cursor, request.tokens, request.blocks, stop, level)
+                self._prefix.record(cursor, request.tokens, request.blocks, stop, level, length)
             if not samples:
                 continue
             request.tokens[stop] = token
@@ -355,8 +361,11 @@ class Scheduler:
         del self._requests[request.key]
 
     def _release(self, request: Request) -> None:
-        assert request.cursor is not None
-        self._prefix.leave(request.cursor)
+        cursor = request.cursor
+        assert cursor is not None
+        self.computed_tokens += request.computed - cursor.reused
+        self.clean_tokens += min(request.computed, cursor.clean) - cursor.reused
+        self._prefix.leave(cursor)
         self._pool.free(reversed(request.blocks))  # the end of a prefix is evicted before its beginning
         request.cursor = None
         request.blocks = array("i")

@@ -1,6 +1,7 @@
 """A deterministic engine with the API of `EngineClient`, without a process or a model.
 
-It answers with the prompt's own tokens, over and over, one per step. `seed` scripts its behaviour.
+It answers with the prompt's own tokens, over and over, one per step. `seed` scripts its behaviour. While `held` is
+set, or the file FAKE_GATE is there, requests start and get their first token, can be cancelled, and do not go on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.client import EngineListener
@@ -41,6 +43,8 @@ class FakeEngine:
         self.cancelled: list[int] = []
         self.submitted: list[Submit] = []
         self.pid = os.getpid()
+        self.held = threading.Event()
+        self._gate = os.environ.get("FAKE_GATE", "")
         self._waiting: deque[Submit] = deque()
         self._running: dict[int, tuple[Submit, int]] = {}
         self._finished: list[Finished] = []
@@ -72,6 +76,14 @@ class FakeEngine:
             start_s=0.0,
         )
 
+    def release_when(self, condition: Callable[[], object]) -> None:
+        """Hold no longer once a condition is true, such as that a stream has its first response."""
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        self.held.clear()
+
     def submit(self, request: Submit) -> None:
         with self._lock:
             if self._down or self._stop.is_set():
@@ -90,7 +102,7 @@ class FakeEngine:
     def publish_queue(self, signal: QueueSignal) -> None:
         self.signals.append(signal)
 
-    def set_mode(self, mode: str) -> None:
+    def set_mode(self, mode: str = "", cap: float | None = None) -> None:
         pass
 
     @property
@@ -126,8 +138,11 @@ class FakeEngine:
                 self._running[request.key] = (request, len(request.resumed))
                 started.append(request.key)
             tokens = []
+            held = self.held.is_set() or bool(self._gate and os.path.exists(self._gate))
             finished, self._finished = self._finished, []
             for key, (request, done) in list(self._running.items()):
+                if held and done > len(request.resumed):
+                    continue
                 token, reason = self._next(request, done)
                 scores = [] if done else self._prompt_logprobs(request)
                 levels = [min(done, NUM_LAYERS)]

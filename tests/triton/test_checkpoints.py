@@ -111,11 +111,11 @@ def test_w4_comes_from_an_awq_checkpoint_under_a_burst_and_full_precision_comes_
     assert answer(server) == (full, {0})
     load = {"max_tokens": 100, "ignore_eos": True, "temperature": 0}
     streams = [GrpcStream(server).ask(f"{number} hello world " * 6, load) for number in range(24)]
-    until(lambda: server.metric("morph_level") == LAYERS, 30.0, "the deepest level")
+    until(lambda: server.metric("morph_level") == LAYERS, what="the deepest level")
     for stream in streams:
         assert not stream.rest(120)[-1].error
     assert answer(server) == (w4, {LAYERS})
-    until(lambda: server.metric("morph_level") == 0, 30.0, "the return to full precision")
+    until(lambda: server.metric("morph_level") == 0, what="the return to full precision")
     assert answer(server) == (full, {0})
 
 

@@ -82,7 +82,7 @@ def test_every_query_can_be_parsed() -> None:
 def test_every_name_and_label_is_exported(server: TritonServer) -> None:
     generate(server, "hello world", max_tokens=10)
     queries = dashboard_queries() + RULES
-    until(lambda: "vllm:e2e_request_latency_seconds_count" in server.metrics_text(), 5.0, "the metrics")
+    until(lambda: "vllm:e2e_request_latency_seconds_count" in server.metrics_text(), what="the metrics")
     assert not (found := complaints(queries, exported(server.metrics_text()))), "\n" + "\n".join(found)
 
 
@@ -135,7 +135,7 @@ def prometheus(server: TritonServer, tmp_path_factory: pytest.TempPathFactory) -
         pytest.skip("prometheus is not installed")
     started = Prometheus(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{server.metrics}")
     try:
-        until(lambda: started.query("morph_engine_up"), 30.0, "a scrape")
+        until(lambda: started.query("morph_engine_up"), what="a scrape")
         yield started
     finally:
         started.stop()

@@ -119,11 +119,11 @@ def test_another_model_beside_it(vllms: TritonServer) -> None:
 
 def test_a_second_model_is_loaded_served_and_unloaded(vllms: TritonServer) -> None:
     assert load(vllms, "second")[0] == 200
-    until(lambda: call(vllms, "GET", "models/second/ready")[0] == 200, 10.0, "the second model")
+    until(lambda: call(vllms, "GET", "models/second/ready")[0] == 200, what="the second model")
     status, answer = call(vllms, "POST", "models/second/generate", {"text_input": "hello world"})
     assert status == 200 and answer["text_output"].startswith("hello world")
     assert load(vllms, "second", "unload")[0] == 200
-    until(lambda: call(vllms, "GET", "models/second/ready")[0] != 200, 10.0, "the unloading")
+    until(lambda: call(vllms, "GET", "models/second/ready")[0] != 200, what="the unloading")
     status, answer = call(vllms, "POST", "models/second/generate", {"text_input": "hello world"})
     assert status in (400, 404) and "Request for unknown model: 'second' has no available versions" in answer["error"]
     assert generate(vllms, "hello world")["text_output"], "the first model goes on"
@@ -140,7 +140,7 @@ def test_a_cancelled_stream_leaves_the_log_lines_that_people_look_for(vllms: Tri
     stream = GrpcStream(vllms).ask("hello world", {"max_tokens": "490"})
     stream.next()
     stream.cancel()
-    until(lambda: "[vllm] Successfully cancelled the request" in vllms.output(), 3.0, "the log line")
+    until(lambda: "[vllm] Successfully cancelled the request" in vllms.output(), what="the log line")
     assert "[vllm] Cancelling the request" in vllms.output()
 
 

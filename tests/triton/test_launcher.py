@@ -23,7 +23,7 @@ def launch(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Co
         **environment,
     }
     command = [sys.executable, "-m", "morph_backend.launcher", *arguments]
-    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
 
 
 def ports() -> dict[str, str]:
@@ -128,7 +128,7 @@ def test_it_listens_on_this_machine_alone(server: TritonServer) -> None:
 def too_new_python() -> str | None:
     """A Python 3.13 that really runs, if this machine has one."""
     found = shutil.which("python3.13")
-    if found is None or subprocess.run([found, "-c", ""], capture_output=True, timeout=60).returncode:
+    if found is None or subprocess.run([found, "-c", ""], capture_output=True, timeout=200).returncode:
         return None
     return found
 
@@ -139,6 +139,6 @@ def test_a_python_that_is_too_new_is_one_sentence(tmp_path: Path) -> None:
         pytest.skip("there is no Python 3.13 here")
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": f"{ROOT}:{ROOT / 'backend'}", "PYTHONDONTWRITEBYTECODE": "1"}
     command = [python, "-m", "morph_backend.launcher"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 2
     assert done.stderr.startswith("Python 3.13 cannot run the embedded Triton") and done.stderr.count("\n") == 1

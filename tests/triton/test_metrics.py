@@ -26,7 +26,7 @@ def test_every_metric_of_the_contract_is_there(server: TritonServer) -> None:
         text = server.metrics_text()
         return [n for n in names if not re.search(rf'^{n}(_count)?{{[^}}]*model="morph"[^}}]*version="1"', text, re.M)]
 
-    until(lambda: not missing(), 3.0, "the metrics")
+    until(lambda: not missing(), what="the metrics")
 
 
 def settle(server: TritonServer) -> None:
@@ -39,7 +39,7 @@ def settle(server: TritonServer) -> None:
 
     until(lambda: server.metric("vllm:num_requests_running") == 0)
     seen: list[tuple[float, list[str]]] = []
-    until(lambda: (seen.append((time.monotonic(), counted())), steady(seen))[1], 10.0, "steady counts")
+    until(lambda: (seen.append((time.monotonic(), counted())), steady(seen))[1], what="steady counts")
 
 
 def steady(seen: list[tuple[float, list[str]]]) -> bool:
@@ -59,7 +59,7 @@ def test_the_counts_are_exact(server: TritonServer) -> None:
     done = server.metric("morph_requests_total", outcome="length")
     for _ in range(3):
         body = generate(server, "hello world", max_tokens=10, return_num_input_tokens=True)
-    until(lambda: server.metric("morph_requests_total", outcome="length") == done + 3, 3.0)
+    until(lambda: server.metric("morph_requests_total", outcome="length") == done + 3)
     settle(server)
     prompt = int(body["num_input_tokens"])
     gained = {name: server.metric(name) - before[name] for name in names}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -228,15 +227,19 @@ def test_a_client_that_leaves_frees_the_engine(server: TritonServer, endpoint: E
     head = (
         f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     )
-    with socket.create_connection(("127.0.0.1", endpoint.port)) as connection:
+    with server.hold(), socket.create_connection(("127.0.0.1", endpoint.port)) as connection:
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        until(lambda: running(server) == n, 5.0, "running requests")
+        until(lambda: running(server) == n, what="running requests")
         if stream:
             assert connection.recv(12) == b"HTTP/1.1 200"
-    until(
-        lambda: server.metric("morph_requests_total", outcome="cancelled") == cancelled + n, 1.5, "cancelled requests"
-    )
-    assert running(server) == 0
+        connection.close()
+        done = cancelled + n
+        until(lambda: server.metric("morph_requests_total", outcome="cancelled") == done, what="cancelled requests")
+        until(lambda: running(server) == 0, what="an idle engine")
+
+
+def queued(server: TritonServer) -> float:
+    return server.metric("nv_inference_pending_request_count", model="morph")
 
 
 def test_a_full_queue_is_429_and_a_client_in_the_queue_can_leave(
@@ -247,16 +250,18 @@ def test_a_full_queue_is_429_and_a_client_in_the_queue_can_leave(
         client = endpoint.client()
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             chat(client)
-        streams = fill(narrow, tokens=500)
-        leaving = Endpoint.client(endpoint).with_options(timeout=0.3)
-        with pytest.raises(openai.APITimeoutError):
-            leaving.completions.create(model="morph", prompt="in the queue", stream=True)
-        pending = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(6)]
-        until(lambda: narrow.metric("nv_inference_pending_request_count", model="morph") == 6, 3.0)
-        for keys in ({"stream": True}, {"stream": False}, {"n": 3}):
-            with pytest.raises(openai.RateLimitError, match="Exceeds maximum queue size") as caught:
-                client.completions.create(model="morph", prompt="one too many", **keys)
-            assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "queue_full"
+        with narrow.hold():
+            streams = fill(narrow)
+            leaving = Endpoint.client(endpoint).with_options(timeout=0.3)
+            with pytest.raises(openai.APITimeoutError):
+                leaving.completions.create(model="morph", prompt="in the queue", stream=True)
+            until(lambda: queued(narrow) == 0, what="the leaving of the one in the queue")
+            pending = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(6)]
+            until(lambda: queued(narrow) == 6)
+            for keys in ({"stream": True}, {"stream": False}, {"n": 3}):
+                with pytest.raises(openai.RateLimitError, match="Exceeds maximum queue size") as caught:
+                    client.completions.create(model="morph", prompt="one too many", **keys)
+                assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "queue_full"
         for stream in streams + pending:
             stream.rest()
     finally:
@@ -268,7 +273,7 @@ def test_a_server_that_is_not_there_is_503(server: TritonServer, endpoint: Endpo
     gone.grpc = 1  # a port where nothing listens
     lonely = Endpoint(gone, tmp_path)
     try:
-        until(lambda: lonely.health() == 503, 30.0, "the endpoint")
+        until(lambda: lonely.health() == 503, what="the endpoint")
         with pytest.raises(openai.InternalServerError) as caught:
             lonely.client().completions.create(model="morph", prompt="x")
         assert caught.value.status_code == 503 and caught.value.response.headers["retry-after"] == "1"
@@ -277,13 +282,13 @@ def test_a_server_that_is_not_there_is_503(server: TritonServer, endpoint: Endpo
 
 
 def test_the_end_waits_for_open_streams(server: TritonServer, tmp_path: Path) -> None:
-    endpoint = Endpoint(server, tmp_path, "--drain-seconds", "20").wait_ready()
+    endpoint = Endpoint(server, tmp_path, "--drain-seconds", "100").wait_ready()
     stream = endpoint.client().completions.create(model="morph", prompt="hello world", max_tokens=200, stream=True)
     first = next(iter(stream))
     endpoint.process.terminate()
     rest = [chunk.choices[0] for chunk in stream]
     assert first.choices[0].text and rest[-1].finish_reason == "length"
-    assert endpoint.process.wait(20) == 0
+    assert endpoint.process.wait(100) == 0
 
 
 SCHEMA = {
@@ -311,8 +316,7 @@ def test_the_product_answers_in_the_form_of_a_schema(real: TritonServer, tmp_pat
         first, again = (chat(client, **asked).choices for _ in range(2))
         assert [c.message.content for c in first] == [c.message.content for c in again]
         assert first[0].message.content != first[1].message.content
-        began = time.monotonic()
         (choice,) = chat(client, model="demo", max_tokens=24, temperature=0, logit_bias={"5": -100}).choices
-        assert choice.message.content and time.monotonic() - began < 30
+        assert choice.message.content
     finally:
         assert endpoint.stop() == 0

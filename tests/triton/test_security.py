@@ -36,7 +36,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Itera
 
 
 def call(server: TritonServer, path: str, body: object, key: str = "") -> tuple[int, str]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=10)
+    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=60)
     try:
         connection.request("POST", path, json.dumps(body), {"admin-key": key} if key else {})
         answer = connection.getresponse()

@@ -22,7 +22,7 @@ def fresh(tmp_path: Path, tiny_model) -> Iterator[TritonServer]:
         "MORPH_MODEL": str(tiny_model),
         "MORPH_MODEL_REPOSITORY": str(fake_repository(tmp_path / "repository")),
         "FAKE_STEP_MS": "10",
-        "MORPH_DRAIN_S": "20",
+        "MORPH_DRAIN_S": "600",
         **getattr(fresh, "extra", {}),
     }
     server = TritonServer(tmp_path, environment)
@@ -33,7 +33,7 @@ def fresh(tmp_path: Path, tiny_model) -> Iterator[TritonServer]:
 
 
 def nothing_left(server: TritonServer) -> None:
-    until(lambda: not server.family(), 10.0, "the end of all processes")
+    until(lambda: not server.family(), what="the end of all processes")
     assert [p.name for p in server.log.parent.iterdir() if p.name.startswith("morphserve-")] == []
     assert server.shared_memory() == []
 
@@ -44,37 +44,39 @@ def test_sigterm_lets_an_open_stream_end(fresh: TritonServer) -> None:
     fresh.process.send_signal(signal.SIGTERM)
     responses = stream.rest()
     assert not responses[-1].error and len(text_of(responses)) > 300
-    assert fresh.process.wait(30) == 0
+    assert fresh.process.wait(100) == 0
     nothing_left(fresh)
 
 
 def test_requests_are_refused_while_draining(fresh: TritonServer) -> None:
-    stream = GrpcStream(fresh).ask("hello world", {"max_tokens": 300})
-    stream.next()
-    fresh.process.send_signal(signal.SIGTERM)
-    until(lambda: post(fresh, {"text_input": "abc", "max_tokens": 1})[0] != 200, 5.0, "a refusal")
-    assert post(fresh, {"text_input": "abc"})[1]["error"] == "The server is shutting down."
-    assert grpc_status(fresh, "abc") == "UNAVAILABLE"
+    with fresh.hold():
+        stream = GrpcStream(fresh).ask("hello world", {"max_tokens": 20})
+        stream.next()
+        fresh.process.send_signal(signal.SIGTERM)
+        until(lambda: post(fresh, {"text_input": "abc", "max_tokens": 1})[0] != 200, what="a refusal")
+        assert post(fresh, {"text_input": "abc"})[1]["error"] == "The server is shutting down."
+        assert grpc_status(fresh, "abc") == "UNAVAILABLE"
     assert not stream.rest()[-1].error
-    assert fresh.process.wait(30) == 0
+    assert fresh.process.wait(100) == 0
 
 
 def test_an_idle_grpc_stream_does_not_keep_the_server_alive(fresh: TritonServer) -> None:
     idle = GrpcStream(fresh)
     assert text_of(GrpcStream(fresh).ask("abc", {"max_tokens": 2}).rest()) == "ab"
     fresh.process.send_signal(signal.SIGINT)
-    assert fresh.process.wait(30) == 0
+    assert fresh.process.wait(100) == 0
     nothing_left(fresh)
     idle.close()
 
 
 def test_a_second_signal_cuts_the_drain_short(fresh: TritonServer) -> None:
-    stream = GrpcStream(fresh).ask("hello world", {"max_tokens": 500})
-    stream.next()
-    fresh.process.send_signal(signal.SIGTERM)
-    until(lambda: "draining" in fresh.output(), 5.0)
-    fresh.process.send_signal(signal.SIGTERM)
-    assert fresh.process.wait(30) == 0
+    with fresh.hold():  # so the drain would last for its whole limit
+        stream = GrpcStream(fresh).ask("hello world", {"max_tokens": 500})
+        stream.next()
+        fresh.process.send_signal(signal.SIGTERM)
+        until(lambda: "draining" in fresh.output())
+        fresh.process.send_signal(signal.SIGTERM)
+        assert fresh.process.wait(100) == 0
     nothing_left(fresh)
 
 
@@ -82,7 +84,7 @@ def test_a_killed_server_leaves_no_stub(fresh: TritonServer) -> None:
     family = fresh.family()
     server = next(p for p in family if Path(f"/proc/{p}/comm").read_text().strip() == "tritonserver")
     os.kill(server, signal.SIGKILL)
-    assert fresh.process.wait(20) == 1
+    assert fresh.process.wait(100) == 1
     assert "Triton has died (exit status -9)." in fresh.output()
     nothing_left(fresh)
 
@@ -90,7 +92,7 @@ def test_a_killed_server_leaves_no_stub(fresh: TritonServer) -> None:
 def test_a_killed_launcher_leaves_nothing(fresh: TritonServer) -> None:
     fresh.process.kill()
     fresh.process.wait()
-    until(lambda: not fresh.family(), 20.0, "the end of all processes")
+    until(lambda: not fresh.family(), what="the end of all processes")
     assert fresh.shared_memory() == []
 
 
@@ -99,8 +101,8 @@ def test_a_dead_stub_ends_the_server_and_with_it_every_stream(fresh: TritonServe
     stream.next()
     (stub,) = (p for p in fresh.family() if "python_backend_stub" in Path(f"/proc/{p}/cmdline").read_text())
     os.kill(stub, signal.SIGKILL)
-    assert stream.rest(20)[-1].error, "Triton alone would leave it hanging"
-    assert fresh.process.wait(20) == 1
+    assert stream.rest()[-1].error, "Triton alone would leave it hanging"
+    assert fresh.process.wait(100) == 1
     assert "The server ends because the process that runs its model has died." in fresh.output()
     nothing_left(fresh)
 
@@ -110,7 +112,7 @@ def test_when_launcher_and_server_are_killed_no_process_stays(fresh: TritonServe
     fresh.process.kill()
     os.kill(server, signal.SIGKILL)
     fresh.process.wait()
-    until(lambda: not fresh.family(), 20.0, "the end of all processes")
+    until(lambda: not fresh.family(), what="the end of all processes")
 
 
 @pytest.fixture
@@ -138,13 +140,14 @@ def test_sigterm_ends_64_streams_properly_within_the_grace_period(crowded: Trito
     crowded.process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     complete = 0
+    longest_s = 0.040 * max(lengths)  # what the longest needs at the least
     for stream, length in zip(streams, lengths, strict=True):
-        error = stream.rest(10.0)[-1].error
+        error = stream.rest()[-1].error
         assert error in ("", "The server is shutting down.")
         if not error:
             complete += 1
             assert len(text_of(stream.responses)) == length
     assert 1 <= complete < 64
-    assert time.monotonic() - began < 6.0
-    assert crowded.process.wait(30) == 0
+    assert time.monotonic() - began < longest_s
+    assert crowded.process.wait(100) == 0
     nothing_left(crowded)

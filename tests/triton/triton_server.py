@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from morph_client.ports import free_ports
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-
-
-def free_ports(count: int) -> list[int]:
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def fake_repository(folder: Path, **replacements: str) -> Path:
@@ -71,6 +63,7 @@ class TritonServer:
             "MORPH_GRPC_PORT": str(self.grpc),
             "MORPH_METRICS_PORT": str(self.metrics),
             "TMPDIR": str(folder),
+            "FAKE_GATE": str(folder / "gate-is-shut"),
             "MORPH_COSTS": "off",  # a start takes long enough as it is, and nothing is left in the user's cache
             **environment,
         }
@@ -90,7 +83,7 @@ class TritonServer:
     def output(self) -> str:
         return self.log.read_text()
 
-    def wait_ready(self, timeout_s: float = 60.0) -> TritonServer:
+    def wait_ready(self, timeout_s: float = 110.0) -> TritonServer:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -101,16 +94,18 @@ class TritonServer:
             time.sleep(0.05)
         raise AssertionError(f"not ready in {timeout_s} s: {self.output()}")
 
-    def wait_metrics(self, timeout_s: float = 5.0) -> TritonServer:
-        """Wait until the model's own metrics stand on the endpoint."""
+    def wait_metrics(self, timeout_s: float = 60.0) -> TritonServer:
+        """Wait until the model's own metrics stand on the endpoint, which Triton opens last."""
         deadline = time.monotonic() + timeout_s
-        while "morph_mode" not in self.metrics_text():
+        while True:
+            with contextlib.suppress(urllib.error.URLError):
+                if "morph_mode" in self.metrics_text():
+                    return self
             assert time.monotonic() < deadline, "the model's metrics did not appear"
             time.sleep(0.02)
-        return self
 
     def metrics_text(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.metrics}/metrics", timeout=60) as answer:
             return answer.read().decode()
 
     def metric(self, name: str, **labels: str) -> float:
@@ -124,9 +119,19 @@ class TritonServer:
             raise KeyError(name)
         return total
 
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """The fake engine holds its requests after their first token: what is to be seen meanwhile needs no haste."""
+        gate = Path(self.environment["FAKE_GATE"])
+        gate.touch()
+        try:
+            yield
+        finally:
+            gate.unlink()
+
     def alive(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.url}/v2/health/live", timeout=5) as answer:
+            with urllib.request.urlopen(f"{self.url}/v2/health/live", timeout=60) as answer:
                 return answer.status == 200
         except (urllib.error.URLError, OSError):
             return False
@@ -150,7 +155,7 @@ class TritonServer:
         """What is left in shared memory of this server's."""
         return [path for run in self._runs for path in Path("/dev/shm").glob(f"{run}_*")]
 
-    def stop(self, timeout_s: float = 40.0) -> int:
+    def stop(self, timeout_s: float = 100.0) -> int:
         """SIGTERM, then wait; the launcher's exit status."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

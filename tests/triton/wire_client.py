@@ -20,7 +20,7 @@ from triton_server import TritonServer
 
 
 def post(server: TritonServer, body: dict[str, Any] | bytes, path: str = "generate") -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=PATIENCE_S)
     try:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", f"/v2/models/morph/{path}", raw)
@@ -43,7 +43,7 @@ def generate(server: TritonServer, text: str, **keys: Any) -> dict[str, Any]:
 def open_sse(
     server: TritonServer, text: str, **keys: Any
 ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=PATIENCE_S)
     body = json.dumps({"text_input": text, "stream": True, **keys}).encode()
     connection.request("POST", "/v2/models/morph/generate_stream", body)
     return connection, connection.getresponse()
@@ -61,6 +61,10 @@ def sse(server: TritonServer, text: str, **keys: Any) -> list[dict[str, Any]]:
         return list(sse_events(answer))
     finally:
         connection.close()
+
+
+PATIENCE_S = 60.0
+"""For what takes well under a second here: a busy machine is no defect."""
 
 
 @dataclass
@@ -112,12 +116,12 @@ class GrpcStream:
             outputs[output.name] = [v.decode() if isinstance(v, bytes) else v for v in np.atleast_1d(array).tolist()]
         self._queue.put(Response(now, outputs, final))
 
-    def next(self, timeout_s: float = 30.0) -> Response:
+    def next(self, timeout_s: float = PATIENCE_S) -> Response:
         response = self._queue.get(timeout=timeout_s)
         self.responses.append(response)
         return response
 
-    def rest(self, timeout_s: float = 30.0) -> list[Response]:
+    def rest(self, timeout_s: float = PATIENCE_S) -> list[Response]:
         """All responses up to the final one."""
         while not self.responses or not self.responses[-1].final:
             self.next(timeout_s)
@@ -163,7 +167,7 @@ def text_of(responses: list[Response]) -> str:
     return "".join(r.outputs.get("text_output", [""])[0] for r in responses)
 
 
-def until(condition: Any, timeout_s: float = 10.0, what: str = "the condition") -> float:
+def until(condition: Any, timeout_s: float = PATIENCE_S, what: str = "the condition") -> float:
     """Wait for a condition; the seconds it took."""
     began = time.monotonic()
     while time.monotonic() - began < timeout_s:
@@ -173,10 +177,13 @@ def until(condition: Any, timeout_s: float = 10.0, what: str = "the condition") 
     raise AssertionError(f"{what} did not come true in {timeout_s} s")
 
 
-def fill(server: TritonServer, tokens: int = 300) -> list[GrpcStream]:
-    """Occupy the engine (1 running), its line (2) and execute() (1) of the server `narrow`."""
-    streams = [GrpcStream(server).ask("hello world", {"max_tokens": tokens})]
+def fill(server: TritonServer) -> list[GrpcStream]:
+    """Occupy the engine (1 running), its line (2) and execute() (1) of the server `narrow`.
+
+    To be called while the server is held; the four end soon after that.
+    """
+    streams = [GrpcStream(server).ask("hello world", {"max_tokens": 20})]
     streams[0].next()
     streams += [GrpcStream(server).ask("in the line", {"max_tokens": 1}) for _ in range(3)]
-    until(lambda: server.metric("morph_execute_waiting") == 1, 5.0, "a request held in execute()")
+    until(lambda: server.metric("morph_execute_waiting") == 1, what="a request held in execute()")
     return streams

@@ -34,6 +34,8 @@ def test_a_configuration_survives_json() -> None:
         ({"morph": {"ladder": []}}, r"morph\.ladder"),
         ({"morph": {"ladder": ["w4", "w8"]}}, r"w8 before w4"),
         ({"morph": {"ladder": ["w2"]}}, r"morph\.ladder must be one of w8, w4"),
+        ({"morph": {"pin": "w2"}}, r"morph\.pin must be one of , full, w8, w4, but is 'w2'"),
+        ({"morph": {"pin": "w8"}}, r"morph\.pin is w8, which morph\.ladder \(w4\) does not have: set MORPH_LADDER=w8"),
         ({"cache": {"reuse": "some"}}, r"cache\.reuse must be one of exact, at_least, any, but is 'some'"),
         ({"cache": {"prefix": "yes"}}, r"cache\.prefix must be true or false"),
         ({"model": {"awq_path": "x"}, "morph": {"ladder": ["w8"]}}, r"model\.awq_path .*morph\.ladder has no w4"),

@@ -7,7 +7,23 @@ import sys
 
 import typer
 
-from morph_client.cli import chat, costs, demo, generate, openai, pack, profile, quality, quantize, replay, serve, top
+from morph_client.cli import (
+    chat,
+    compare,
+    costs,
+    demo,
+    generate,
+    mode,
+    openai,
+    pack,
+    profile,
+    quality,
+    quantize,
+    replay,
+    serve,
+    top,
+    traces,
+)
 from morph_client.cli.common import OneSentenceGroup
 
 
@@ -26,7 +42,10 @@ def build_app() -> typer.Typer:
     app.command("chat")(chat.chat)
     app.command("openai")(openai.openai)
     app.command("top")(top.top)
+    app.command("mode")(mode.mode)
     app.command("replay")(replay.replay)
+    app.command("compare")(compare.compare)
+    app.add_typer(traces.traces, name="traces")
     app.command("demo")(demo.demo)
     app.command("quantize")(quantize.quantize)
     app.command("pack")(pack.pack)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +21,7 @@ from morph_client.server_process import StartFailed
 EXIT_USAGE = 2
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
+_TYPED = "morph_client.typed"
 
 
 def port(variable: str, default: int) -> int:
@@ -50,8 +56,45 @@ MetricsUrlOption = Annotated[
 ]
 
 
+def command_line(ctx: typer.Context) -> str:
+    """What was typed to start this command, with the ``MORPH_*`` variables that it ran under. No secrets."""
+    typed = ctx.meta.get(_TYPED, [])
+    settings = [f"{k}={shlex.quote(v)}" for k, v in sorted(os.environ.items()) if k.startswith("MORPH_") and v]
+    return " ".join([*(s for s in settings if "KEY" not in s.split("=")[0]), shlex.join(["morph", *typed])])
+
+
+@contextmanager
+def orderly_termination() -> Iterator[None]:
+    """Lets SIGTERM end the command as Ctrl-C does, so that the server is ended on the way out."""
+    terminated = False
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        # asyncio knows how to unwind after this signal; an exception of our own it would report as a fault.
+        signal.raise_signal(signal.SIGINT)
+
+    # A shell starts background jobs with SIGINT ignored.
+    wanted = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if terminated:
+            raise SystemExit(128 + signal.SIGTERM) from None
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class OneSentenceGroup(TyperGroup):
     """Turns the errors of this package into one sentence on standard error and an exit status."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keeps the arguments as they were typed, for reports."""
+        ctx.meta.setdefault(_TYPED, list(args))
+        return list(super().parse_args(ctx, args))
 
     def invoke(self, ctx: Any) -> Any:
         """Runs a subcommand."""

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sys
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from morph_client.cli.common import stdout
+from morph_client.cli.common import command_line, orderly_termination, stdout
 from morph_client.cli.demo_view import LoadView
 from morph_client.demo_load import HIGH_SHARE, DemoLoad, quick_load
 from morph_client.demo_run import Watch, introduce, measure, serving_capacity
 from morph_client.errors import MissingDependency
-from morph_client.report import files, html, plot, table
+from morph_client.report import decisions, files, html, plot, table
 from morph_client.report.data import Run, run_to_json, spans_to_json
 from morph_client.server_process import EmbeddedServer, require_launcher
 
@@ -30,6 +27,7 @@ _TITLE = "A burst, with and without morphing"
 
 
 def demo(
+    ctx: typer.Context,
     quick: Annotated[bool, typer.Option("--quick", help="A shorter load; the figures are rougher.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("demo-report"),
     seconds: Annotated[float | None, typer.Option(help="Length of each of the two loads.")] = None,
@@ -46,11 +44,11 @@ def demo(
     drawable = _can_draw(console)
     files.make_folder(out)
     _introduce(console, load)
-    with _orderly_termination():
+    with orderly_termination():
         load, off = _one_run(console, load, out, "off", "full precision only", "1 of 2", start_timeout, True)
         load, on = _one_run(console, load, out, "balanced", "morphing", "2 of 2", start_timeout, False)
     said = table.verdict(off, on)
-    written = _write(load, off, on, said, out, drawable)
+    written = _write(load, off, on, said, out, drawable, command_line(ctx))
     _conclude(console, off, on, said, written)
     page = out / "report.html"
     if show or (show is None and _has_desktop(console)):
@@ -97,7 +95,7 @@ def _one_run(
     return load, run
 
 
-def _write(load: DemoLoad, off: Run, on: Run, said: str, out: Path, drawable: bool) -> list[Path]:
+def _write(load: DemoLoad, off: Run, on: Run, said: str, out: Path, drawable: bool, command: str) -> list[Path]:
     runs = [off, on]
     figures, page = out / "report.json", out / "report.html"
     files.write_json(
@@ -109,12 +107,13 @@ def _write(load: DemoLoad, off: Run, on: Run, said: str, out: Path, drawable: bo
             "runs": [run_to_json(r) for r in runs],
         },
     )
-    written, svg = [figures, page], None
+    written: list[Path] = [figures, page]
+    svgs: list[tuple[str, str]] = []
     if drawable:
         picture = plot.Picture(_TITLE, said, runs, load.spans)
         plot.write_png(picture, out / "report.png")
         # The page says title and verdict itself.
-        svg = plot.themed_svg(replace(picture, title="", subtitle=""))
+        svgs.append(plot.themed_svgs(replace(picture, title="", subtitle="")))
         written.insert(0, out / "report.png")
     notes = [
         f"Load: {load.seconds:.0f} s in open loop with Poisson arrivals (seed {load.seed}), {load.low_rate_per_s:g} "
@@ -123,9 +122,10 @@ def _write(load: DemoLoad, off: Run, on: Run, said: str, out: Path, drawable: bo
         f"to {load.output_tokens[1]}. The client shares the machine with the server.",
         "TTFT: from the moment a request was due to its first token. TPOT: mean time per output token after the first. "
         "Level: number of quantized layers. Tokens at full precision: computed at level 0.",
-        "Reproduce with: morph demo",
     ]
-    files.write_text(page, html.page(_TITLE, said, table.comparison_rows(runs), runs, svg, notes))
+    heads, rows = [run.label for run in runs], table.comparison_rows(runs)
+    logs = [decisions.section(on)]
+    files.write_text(page, html.render(html.Page(_TITLE, said, heads, rows, svgs, logs, command, notes)))
     return written
 
 
@@ -153,31 +153,6 @@ def _has_desktop(console: Console) -> bool:
     # Without one, webbrowser may start a text browser in this terminal.
     screen = sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
     return console.is_terminal and screen and "SSH_CONNECTION" not in os.environ
-
-
-@contextmanager
-def _orderly_termination() -> Iterator[None]:
-    """Lets SIGTERM end the demo as Ctrl-C does, so that the server is ended on the way out."""
-    terminated = False
-
-    def leave(_number: int, _frame: FrameType | None) -> None:
-        nonlocal terminated
-        terminated = True
-        # asyncio knows how to unwind after this signal; an exception of our own it would report as a fault.
-        signal.raise_signal(signal.SIGINT)
-
-    # A shell starts background jobs with SIGINT ignored.
-    wanted = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}
-    before = {number: signal.signal(number, handler) for number, handler in wanted.items()}
-    try:
-        yield
-    except KeyboardInterrupt:
-        if terminated:
-            raise SystemExit(128 + signal.SIGTERM) from None
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _sample_printer(console: Console) -> Callable[[str], None]:

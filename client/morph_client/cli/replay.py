@@ -3,66 +3,98 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from morph_client.address import grpc_target, metrics_url_for
-from morph_client.cli.common import MetricsUrlOption, UrlOption, metrics_port, stderr, stdout
-from morph_client.cli.replay_run import Cuts, ReplayPlan, describe, replay_trace
-from morph_client.errors import MissingDependency, ServerError
-from morph_client.prompts import words_of
-from morph_client.report import files, plot, table
+from morph_client.agreement import Agreement, Reference
+from morph_client.aio_client import AsyncMorphClient
+from morph_client.cli import replay_options as options
+from morph_client.cli.common import MetricsUrlOption, UrlOption, command_line, metrics_port, stderr, stdout
+from morph_client.cli.replay_run import under_a_bar
+from morph_client.errors import BadInput, MissingDependency, ServerError
+from morph_client.replay_plan import Cuts, PromptSource, ReplayPlan, describe, make_plan
+from morph_client.replay_run import Replayed, ReplayWatch, prepare, run_replay
+from morph_client.report import files, replay_page, table
 from morph_client.report.data import Run, run_to_json
-from morph_client.traces import read_trace
+from morph_client.stats import Targets
 
 _LATE_S = 0.1
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(help="A CSV file: ours, Azure 2023 or BurstGPT, told by its columns.")],
-    speed: Annotated[float, typer.Option(help="Divide all times by this.")] = 1.0,
-    thin: Annotated[float, typer.Option(help="Keep one request in this many, drawn at random.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="For the thinning and the prompts.")] = 0,
-    offset: Annotated[float, typer.Option(help="Start this many seconds into the trace.")] = 0.0,
-    window: Annotated[float | None, typer.Option(help="Replay this many seconds of the trace.")] = None,
-    max_prompt_tokens: Annotated[int | None, typer.Option(help="Cut longer prompts.")] = None,
-    max_output_tokens: Annotated[int | None, typer.Option(help="Cut longer outputs.")] = None,
-    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Drop rows of 0 tokens (failed requests).")] = False,
-    text: Annotated[Path | None, typer.Option(help="Cut prompts from this text file.")] = None,
-    tokens_per_word: Annotated[float | None, typer.Option(help="Default: measured with one request.")] = None,
-    ttft_slo: Annotated[float | None, typer.Option(min=0.0, help="Target for the first token, in seconds.")] = None,
-    deadline: Annotated[float, typer.Option(min=0.1, help="Give up a request after this many seconds.")] = 600.0,
-    connections: Annotated[int, typer.Option(min=1, help="Connections to spread the requests over.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file, and a picture.")] = None,
+    ctx: typer.Context,
+    trace: options.TraceArgument,
+    speed: options.SpeedOption = 1.0,
+    thin: options.ThinOption = 1.0,
+    keep_every: options.KeepEveryOption = 1,
+    seed: options.SeedOption = 0,
+    offset: options.OffsetOption = 0.0,
+    window: options.WindowOption = None,
+    max_prompt_tokens: options.MaxPromptOption = None,
+    max_output_tokens: options.MaxOutputOption = None,
+    fixed_prompt: options.FixedPromptOption = None,
+    fixed_output: options.FixedOutputOption = None,
+    skip_empty: options.SkipEmptyOption = False,
+    text: options.TextOption = None,
+    tokens_per_word: options.TokensPerWordOption = None,
+    shared_prefix: options.SharedPrefixOption = 0,
+    prefixes: options.PrefixesOption = 1,
+    temperature: options.TemperatureOption = 0.0,
+    ttft_slo: Annotated[float | None, typer.Option(help="Target for the first token, in seconds.")] = None,
+    tpot_slo: options.TpotSloOption = None,
+    reference: Annotated[Path | None, typer.Option(help="Compare outputs with those of this earlier --out.")] = None,
+    save_outputs: Annotated[bool, typer.Option("--save-outputs", help="Keep prompts and outputs in --out.")] = False,
+    deadline: options.DeadlineOption = 600.0,
+    connections: options.ConnectionsOption = 1,
+    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file; page and picture too.")] = None,
     url: UrlOption = "",
     metrics_url: MetricsUrlOption = "",
 ) -> None:
     """Send a trace's requests when they are due, and print what became of them."""
-    cuts = Cuts(offset, window, thin, seed, speed, max_prompt_tokens, max_output_tokens)
-    plan = ReplayPlan(
-        trace=cuts.apply(read_trace(trace, skip_zero_tokens=skip_empty)),
-        cuts=cuts,
-        words=words_of(text),
-        tokens_per_word=tokens_per_word,
-        ttft_slo_s=ttft_slo,
+    plan = make_plan(
+        trace,
+        Cuts(
+            offset, window, keep_every, thin, seed, speed, max_prompt_tokens, max_output_tokens, fixed_prompt,
+            fixed_output,
+        ),
+        PromptSource(text, tokens_per_word, shared_prefix, prefixes),
+        Targets(ttft_slo, tpot_slo),
+        skip_empty=skip_empty,
         deadline_s=deadline,
         connections=connections,
-        url=url,
-        metrics_url=metrics_url or metrics_url_for(grpc_target(url), metrics_port()),
-    )
+        temperature=temperature,
+        keep_text=save_outputs or reference is not None,
+    )  # fmt: skip
+    if save_outputs and out is None:
+        raise BadInput("--save-outputs keeps outputs in the file that --out names: give --out too")
+    known = None if reference is None else Reference.read(reference)
     if out is not None:
         files.check_writable(out)
     console = stdout()
-    console.print(describe(plan), style="dim")
-    run = asyncio.run(replay_trace(plan, console))
-    console.print(table.render(table.summary_rows([run]), [run]))
+    console.print(describe(plan), style="dim", soft_wrap=True, markup=False)
+    metrics = metrics_url or metrics_url_for(grpc_target(url), metrics_port())
+    done = asyncio.run(_replay(plan, url, metrics, known))
+    run, same = done.run, None if known is None else known.agreement(done.run.records)
+    rows = table.summary_rows([run]) + table.agreement_rows([same])
+    console.print(table.render(rows, [run]))
     _warn(run)
     if out is not None:
-        _write(plan, run, out)
+        _write(plan, done, same, rows, command_line(ctx), out, save_outputs)
     if run.summary.errors == run.summary.requests:
         raise ServerError(f"every request failed: {next(iter(run.summary.error_kinds))}")
+
+
+async def _replay(plan: ReplayPlan, url: str, metrics_url: str, reference: Reference | None) -> Replayed:
+    async with AsyncMorphClient(url, metrics_url=metrics_url, connections=plan.connections) as client:
+        requests = await prepare(plan, client)
+        if reference is not None:
+            reference.check(plan.fingerprint(requests))
+        watch = ReplayWatch()
+        return await under_a_bar(run_replay(plan, client, requests, watch), watch, stdout(), "replaying")
 
 
 def _warn(run: Run) -> None:
@@ -81,20 +113,32 @@ def _warn(run: Run) -> None:
         )
 
 
-def _write(plan: ReplayPlan, run: Run, out: Path) -> None:
-    files.write_json(out, {**plan.to_json(), "run": run_to_json(run)})
+def _write(
+    plan: ReplayPlan,
+    done: Replayed,
+    same: Agreement | None,
+    rows: list[table.Row],
+    command: str,
+    out: Path,
+    save_outputs: bool,
+) -> None:
+    figures = run_to_json(done.run)
+    for record, planned in zip(figures["requests"], done.requests, strict=True):
+        if save_outputs:
+            record["prompt"] = planned.prompt
+        else:
+            record.pop("text", None)
+    value = {
+        "command": command,
+        **plan.to_json(),
+        "fingerprint": done.fingerprint,
+        "agreement": None if same is None else asdict(same),
+        "run": figures,
+    }
+    files.write_json(out, value)
     written = [out]
-    panels = ("load", "ttft", "queue", "level", "kv") if run.states else ("load", "ttft")
-    s = run.summary
-    subtitle = (
-        f"{describe(plan)} TTFT p50 {table.seconds(s.ttft_s.p50)}, p95 {table.seconds(s.ttft_s.p95)}; "
-        f"{s.output_tokens_per_s:.0f} output tokens per second; {s.errors} errors."
-    )
-    picture = plot.Picture(f"Replay, mode {run.mode}", subtitle, [run], (), panels)
-    image = out.with_suffix(".png")
     try:
-        plot.write_png(picture, image)
-        written.append(image)
+        written += replay_page.write(plan, done.run, rows, command, out)
     except MissingDependency as error:
         stderr().print(str(error), style="yellow", markup=False)
     stdout().print("Written: " + ", ".join(str(path) for path in written), soft_wrap=True, markup=False)

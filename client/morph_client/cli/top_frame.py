@@ -33,7 +33,7 @@ def frame(history: History, metrics_url: str, console: Console) -> RenderableTyp
     body: list[RenderableType] = [grid]
     if history.problem is not None:
         body.insert(0, Text(history.problem, style=f"bold {BAD}"))
-    title = Text.assemble(("morph ", "bold"), urlsplit(metrics_url).netloc, " · mode ", (state.mode or "?", "bold"))
+    title = Text.assemble(("morph ", "bold"), urlsplit(metrics_url).netloc, " · mode ", (_mode(state), "bold"))
     return Panel(
         Group(*body), title=title, title_align="left", subtitle=_engine(state), subtitle_align="right",
         box=box.ROUNDED, border_style="dim", width=outer,
@@ -61,6 +61,11 @@ def _rows(history: History, state: ServerState, width: int, glyphs: dict[str, st
     ]
 
 
+def _mode(state: ServerState) -> str:
+    mode = state.mode or "?"
+    return mode if state.cap is None or state.cap >= 1 else f"{mode}, cap {state.cap:g}"
+
+
 def _engine(state: ServerState) -> Text:
     if state.engine_up is None:
         return Text()
@@ -72,7 +77,9 @@ def _level(state: ServerState) -> Text:
     if level is None:
         return Text(NOTHING)
     text = Text.assemble((str(level), f"bold {WARN if level else ACCENT}"), f" of {NOTHING if most is None else most}")
-    return text.append("  full precision", "dim") if level == 0 else text
+    if level == 0:
+        text.append("  full precision", "dim")
+    return text.append("  the SLOs cannot be met", f"bold {BAD}") if state.slo_feasible is False else text
 
 
 def _layers(state: ServerState, width: int, glyphs: dict[str, str]) -> Text:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from morph_client.decision_log import Change
 from morph_client.demo_load import PhaseSpan
+from morph_client.precision import TokenBin
 from morph_client.sampler import TimedState
 from morph_client.state import ServerState
 from morph_client.stats import RequestRecord, Summary
@@ -24,6 +26,12 @@ class Run:
     summary: Summary
     states: Sequence[TimedState] = field(default=())
     """The server's state over time; empty if its metrics could not be read."""
+    precision: Sequence[TokenBin] = field(default=())
+    """Output tokens by second and rung; empty if the server does not tell."""
+    by_level: Mapping[int, int] = field(default_factory=dict)
+    """Output tokens by the level at which they were computed."""
+    changes: Sequence[Change] = field(default=())
+    """What the controller did."""
 
     @property
     def max_kv_blocks(self) -> int | None:
@@ -48,6 +56,25 @@ class Run:
         """Requests preempted during the run."""
         return round(self.states[-1].state.preemptions - self.states[0].state.preemptions) if self.states else None
 
+    @property
+    def peak_kv_share(self) -> float | None:
+        """The most KV blocks that were live, as a share of those at level 0."""
+        shares = [s.state.kv_used / s.state.kv_base for s in self.states if s.state.kv_used and s.state.kv_base]
+        return max(shares, default=None)
+
+    @property
+    def return_s(self) -> float | None:
+        """Seconds from the end of the backlog, with live KV within base capacity, to level 0; ``None`` if it was never
+        left, or not reached again."""
+        levels = [s.state.level or 0 for s in self.states]
+        if not any(levels) or levels[-1]:
+            return None
+        left = max(i for i, level in enumerate(levels) if level)
+        pressed = [
+            s.at_s for s in self.states if s.state.queued or (s.state.kv_used or 0) > (s.state.kv_base or float("inf"))
+        ]
+        return max(0.0, self.states[left + 1].at_s - max(pressed, default=0.0))
+
 
 def run_to_json(run: Run) -> dict[str, Any]:
     """The run as plain values. Times are in seconds from the start of the run."""
@@ -59,9 +86,25 @@ def run_to_json(run: Run) -> dict[str, Any]:
         "max_kv_blocks": run.max_kv_blocks,
         "max_queue": run.max_queue,
         "preemptions": run.preemptions,
-        "requests": [{**asdict(r), "ttft_s": r.ttft_s, "tpot_s": r.tpot_s, "e2e_s": r.e2e_s} for r in run.records],
+        "peak_kv_share": run.peak_kv_share,
+        "return_s": run.return_s,
+        "by_level": {str(level): run.by_level[level] for level in sorted(run.by_level)},
+        "changes": [asdict(c) for c in run.changes],
+        "requests": [_record_to_json(r) for r in run.records],
+        "precision": [asdict(b) for b in run.precision],
         "samples": [{"at_s": round(s.at_s, 3), **_state_to_json(s.state)} for s in run.states],
     }
+
+
+def _record_to_json(record: RequestRecord) -> dict[str, Any]:
+    plain = asdict(record)
+    gaps = plain.pop("gaps_s")
+    if record.text is None:
+        plain.pop("text")
+    return {
+        **plain, "ttft_s": record.ttft_s, "tpot_s": record.tpot_s, "e2e_s": record.e2e_s,
+        "longest_gap_s": max(gaps, default=None),
+    }  # fmt: skip
 
 
 def spans_to_json(spans: Sequence[PhaseSpan]) -> list[dict[str, Any]]:

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import importlib
-import io
-import math
 import textwrap
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from morph_client.demo_load import PhaseSpan
 from morph_client.errors import MissingDependency
 from morph_client.palette import Theme, light
+from morph_client.report import panels, svg
 from morph_client.report.data import Run
+from morph_client.report.panels import coloured, end_s
 
-PANELS = ("load", "queue", "level", "kv")
-"""The demo's panels; ``ttft`` is a fifth, for replays."""
+PANELS = ("load", "queue", "level", "kv", "precision")
+"""The demo's panels; ``ttft`` is for replays."""
 
-_WIDTH_IN = 10.0
+WIDE_IN, NARROW_IN = 10.0, 4.3
+"""Width of a picture for a screen, and of one for a phone, where the wide one's letters would be too small."""
+
 _PANEL_IN = 1.75
 _HEAD_IN = 0.85
 _BARE_HEAD_IN = 0.75
 _LINE_IN = 0.2
-_LEFT, _RIGHT = 0.075, 0.98
+_LEFT_IN, _RIGHT_IN = 0.75, 0.2
+_HEADING_CHARS_PER_IN = 11
 _SUBTITLE_CHARS = 118
 _FOOT_IN = 0.62
 
@@ -40,6 +42,7 @@ class Picture:
     """At most two; the last is the one in colour."""
     spans: Sequence[PhaseSpan] = ()
     panels: Sequence[str] = PANELS
+    width_in: float = WIDE_IN
 
 
 def require_matplotlib() -> None:
@@ -58,65 +61,45 @@ def write_png(picture: Picture, path: Path, theme: Theme | None = None) -> None:
     figure.savefig(path, dpi=160, facecolor=figure.get_facecolor())
 
 
-def themed_svg(picture: Picture) -> str:
-    """An ``<svg>`` element whose colours are the CSS variables ``--background``, ``--text`` and so on.
-
-    It refers to nothing outside itself. Raises :class:`MissingDependency`.
+def themed_svgs(picture: Picture) -> tuple[str, str]:
+    """The picture as ``<svg>`` elements in a page's colours: for a screen, and for a phone. Raises
+    :class:`MissingDependency`.
     """
-    stand_ins = {item.name: f"#0{i:x}fe{i:x}0" for i, item in enumerate(fields(Theme), 1)}
-    figure = _draw(picture, Theme(**stand_ins))
-    # Embeds letters as outlines: they look the same wherever the page is opened.
-    with importlib.import_module("matplotlib").rc_context({"svg.fonttype": "path", "svg.hashsalt": "morph"}):
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, facecolor=figure.get_facecolor())
-    svg = buffer.getvalue()
-    for name, colour in stand_ins.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return _self_contained(svg)
-
-
-def _self_contained(svg: str) -> str:
-    """Leaves out what an HTML page does not need: the XML head, namespaces, and the metadata with its addresses."""
-    svg = svg[svg.index("<svg") :]
-    start, end = svg.find("<metadata>"), svg.find("</metadata>")
-    if start >= 0:
-        svg = svg[:start] + svg[end + len("</metadata>") :]
-    head_end = svg.index(">")
-    view_box = svg[svg.index('viewBox="') : head_end].split('"')[1]
-    return f'<svg viewBox="{view_box}" role="img">{svg[head_end + 1 :]}'.replace("xlink:href=", "href=")
+    narrow = replace(picture, width_in=NARROW_IN)
+    return svg.themed(lambda theme: _draw(picture, theme), "w-"), svg.themed(lambda theme: _draw(narrow, theme), "n-")
 
 
 def _draw(picture: Picture, theme: Theme) -> Any:
     require_matplotlib()
     subtitle = _balanced_lines(picture.subtitle)
     head = _HEAD_IN + _LINE_IN * len(subtitle) if picture.title else _BARE_HEAD_IN
+    wide = picture.width_in == WIDE_IN
+    left_in = _LEFT_IN if wide else _LEFT_IN * 0.7
+    left, right = left_in / picture.width_in, 1 - _RIGHT_IN / picture.width_in
     height = head + _PANEL_IN * len(picture.panels) + _FOOT_IN
     figure = importlib.import_module("matplotlib.figure").Figure(
-        figsize=(_WIDTH_IN, height), facecolor=theme.background
+        figsize=(picture.width_in, height), facecolor=theme.background
     )
     axes = figure.subplots(len(picture.panels), 1, sharex=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=_LEFT, right=_RIGHT, top=1 - head / height, bottom=_FOOT_IN / height, hspace=0.34)
-    end = _end_s(picture)
-    draw: dict[str, Callable[[Any, Picture, Theme], str]] = {
-        "load": _load,
-        "queue": _queue,
-        "level": _level,
-        "kv": _kv,
-        "ttft": _ttft,
-    }
+    figure.subplots_adjust(
+        left=left, right=right, top=1 - head / height, bottom=_FOOT_IN / height, hspace=0.34 if wide else 0.5
+    )
+    end = end_s(picture)
     for axis, panel in zip(axes, picture.panels, strict=True):
-        _plain_axis(axis, theme)
+        plain_axis(axis, theme)
         _shade(axis, picture.spans, theme)
-        heading = draw[panel](axis, picture, theme)
+        heading = panels.PANELS[panel](axis, picture, theme)
+        heading = textwrap.fill(heading, round((picture.width_in - left_in) * _HEADING_CHARS_PER_IN))
         axis.set_title(heading, loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold")
         axis.set_xlim(0, end)
     _name_phases(axes[0], picture.spans, theme)
     axes[-1].set_xlabel("seconds since the start of the load", fontsize=10, color=theme.muted, labelpad=6)
-    _head(figure, picture, theme, height, subtitle)
+    _head(figure, picture, theme, (left, right, height), subtitle)
     return figure
 
 
-def _plain_axis(axis: Any, theme: Theme) -> None:
+def plain_axis(axis: Any, theme: Theme) -> None:
+    """A horizontal grid, a bottom line, nothing else."""
     axis.set_facecolor("none")
     axis.grid(axis="y", color=theme.grid, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -149,19 +132,23 @@ def _name_phases(axis: Any, spans: Sequence[PhaseSpan], theme: Theme) -> None:
         )
 
 
-def _head(figure: Any, picture: Picture, theme: Theme, height: float, subtitle: Sequence[str]) -> None:
+def _head(
+    figure: Any, picture: Picture, theme: Theme, frame: tuple[float, float, float], subtitle: Sequence[str]
+) -> None:
+    """Title, subtitle and legend; ``frame``: left and right edge as shares of the width, and the height in inches."""
+    left, right, height = frame
     title_y = 1 - 0.30 / height
-    figure.text(_LEFT, title_y, picture.title, fontsize=15, fontweight="bold", color=theme.text, va="center")
+    figure.text(left, title_y, picture.title, fontsize=15, fontweight="bold", color=theme.text, va="center")
     for i, line in enumerate(subtitle):
         y = 1 - (0.60 + _LINE_IN * i) / height
-        figure.text(_LEFT, y, line, fontsize=10.5, color=theme.muted, va="center")
+        figure.text(left, y, line, fontsize=10.5, color=theme.muted, va="center")
     if len(picture.runs) > 1:
         box = importlib.import_module("matplotlib.patches").Patch
-        keys = [box(facecolor=colour, label=run.label) for run, colour in _coloured(picture, theme)]
+        keys = [box(facecolor=colour, label=run.label) for run, colour in coloured(picture, theme)]
         figure.legend(
             handles=keys,
             loc="center right",
-            bbox_to_anchor=(_RIGHT + 0.006, title_y),
+            bbox_to_anchor=(right + 0.006, title_y),
             ncols=len(keys),
             frameon=False,
             fontsize=10.5,
@@ -178,74 +165,3 @@ def _balanced_lines(text: str) -> list[str]:
     lines = textwrap.wrap(text, _SUBTITLE_CHARS)
     # Wrapped a second time, so that no line is left with a single word.
     return textwrap.wrap(text, len(text) // len(lines) + 12) if len(lines) > 1 else lines
-
-
-def _coloured(picture: Picture, theme: Theme) -> Sequence[tuple[Run, str]]:
-    colours = (theme.on,) if len(picture.runs) == 1 else (theme.off, theme.on)
-    return list(zip(picture.runs, colours, strict=True))
-
-
-def _load(axis: Any, picture: Picture, theme: Theme) -> str:
-    counts = Counter(math.floor(r.due_s) for r in picture.runs[-1].records)
-    seconds = range(math.ceil(_end_s(picture)) + 1)
-    axis.fill_between(seconds, [counts[s] for s in seconds], step="post", color=theme.load, linewidth=0)
-    axis.set_ylim(0, max([*counts.values(), 1]) * 1.35)
-    return "Load: requests that arrive, per second"
-
-
-def _queue(axis: Any, picture: Picture, theme: Theme) -> str:
-    top = 1.0
-    for run, colour in _coloured(picture, theme):
-        times, values = [s.at_s for s in run.states], [s.state.queued for s in run.states]
-        axis.plot(times, values, color=colour, linewidth=1.8, drawstyle="steps-post")
-        axis.fill_between(times, values, step="post", color=colour, alpha=0.12, linewidth=0)
-        top = max([top, *values])
-    axis.set_ylim(0, top * 1.12)
-    return "Queue: requests that wait"
-
-
-def _level(axis: Any, picture: Picture, theme: Theme) -> str:
-    greatest = max((s.state.level_max or 0 for run in picture.runs for s in run.states), default=0)
-    for run, colour in _coloured(picture, theme):
-        known = [(s.at_s, s.state.level) for s in run.states if s.state.level is not None]
-        times, values = [at for at, _ in known], [level for _, level in known]
-        axis.plot(times, values, color=colour, linewidth=1.8, drawstyle="steps-post")
-        axis.fill_between(times, values, step="post", color=colour, alpha=0.12, linewidth=0)
-    axis.set_ylim(0, max(greatest, 1) * 1.08)
-    return f"Level: quantized layers, of {greatest}" if greatest else "Level: quantized layers"
-
-
-def _kv(axis: Any, picture: Picture, theme: Theme) -> str:
-    top, tokens = 1.0, None
-    for run, colour in _coloured(picture, theme):
-        known = [s for s in run.states if s.state.kv_capacity is not None]
-        times = [s.at_s for s in known]
-        capacity = [s.state.kv_capacity or 0.0 for s in known]
-        used = [s.state.kv_used or 0.0 for s in known]
-        axis.plot(times, capacity, color=colour, linewidth=1.8, drawstyle="steps-post")
-        axis.fill_between(times, used, step="post", color=colour, alpha=0.22, linewidth=0)
-        top = max([top, *capacity, *used])
-        tokens = next((s.state.kv_block_tokens for s in known if s.state.kv_block_tokens), tokens)
-    axis.set_ylim(0, top * 1.12)
-    unit = f"blocks of {tokens} tokens" if tokens else "blocks"
-    return f"KV cache: capacity (line) and use (filled), {unit}"
-
-
-def _ttft(axis: Any, picture: Picture, theme: Theme) -> str:
-    top = 0.0
-    for run, colour in _coloured(picture, theme):
-        points = [(r.due_s, r.ttft_s) for r in run.records if r.ttft_s is not None]
-        times, values = [at for at, _ in points], [ttft for _, ttft in points]
-        axis.scatter(times, values, s=12, color=colour, alpha=0.65, linewidths=0)
-        top = max([top, *values])
-    axis.set_ylim(0, (top or 1) * 1.12)
-    axis.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(nbins=4))
-    return "Time to first token, by arrival, in seconds"
-
-
-def _end_s(picture: Picture) -> float:
-    ends = [1.0, *(span.end_s for span in picture.spans)]
-    for run in picture.runs:
-        ends.extend(s.at_s for s in run.states[-1:])
-        ends.extend(r.last_s or r.due_s for r in run.records)
-    return max(ends)

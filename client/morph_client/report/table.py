@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from rich import box
 from rich.table import Table
 
+from morph_client.agreement import Agreement
 from morph_client.report.data import Run
+from morph_client.stats import percentile
 
 NOTHING = "–"
 
@@ -52,19 +54,51 @@ def summary_rows(runs: Sequence[Run]) -> list[Row]:
         Row("TTFT p99", tuple(seconds(x.ttft_s.p99) for x in s)),
         Row("TPOT p50", tuple(seconds(x.tpot_s.p50) for x in s)),
         Row("TPOT p95", tuple(seconds(x.tpot_s.p95) for x in s)),
+        Row("ITL p50", tuple(seconds(x.itl_s.p50) for x in s)),
+        Row("ITL p99", tuple(seconds(x.itl_s.p99) for x in s)),
         Row("end to end p50", tuple(seconds(x.e2e_s.p50) for x in s)),
         Row("end to end p95", tuple(seconds(x.e2e_s.p95) for x in s)),
         Row("output tokens per second", tuple(f"{x.output_tokens_per_s:.1f}" for x in s), heads_group=True),
+        Row("requests per second", tuple(f"{x.requests_per_s:.2f}" for x in s)),
+        Row("preemptions", tuple(_count(run.preemptions) for run in runs)),
     ]
     if any(x.slo_violations is not None for x in s):
-        rows.append(Row("TTFT target missed", tuple(_count(x.slo_violations) for x in s)))
+        rows.append(Row("targets missed", tuple(_count(x.slo_violations) for x in s)))
+        rows.append(Row("goodput, requests per second", tuple(_rate(x.goodput_per_s) for x in s)))
     rows.append(
         Row("tokens with every layer at full precision", tuple(percent(x.level0_share) for x in s), heads_group=True)
     )
     for rung in ("full", "w8", "w4"):
         shares = tuple(percent(None if x.rung_share is None else getattr(x.rung_share, rung)) for x in s)
         rows.append(Row(f"  layer-weighted share at {rung}", shares))
+    rows.append(Row("most live KV, of base capacity", tuple(_share(run.peak_kv_share) for run in runs)))
+    return rows + _class_rows(runs)
+
+
+def _class_rows(runs: Sequence[Run]) -> list[Row]:
+    """The wait of each service class, if the trace names any."""
+    classes = sorted({r.slo_class for run in runs for r in run.records if r.slo_class is not None})
+    rows = []
+    for i, name in enumerate(classes):
+        waits = [[r.ttft_s for r in run.records if r.slo_class == name and r.ttft_s is not None] for run in runs]
+        values = tuple(seconds(percentile(of_run, 95)) if of_run else NOTHING for of_run in waits)
+        rows.append(Row(f"TTFT p95, class {name}", values, heads_group=i == 0))
     return rows
+
+
+def agreement_rows(found: Sequence[Agreement | None]) -> list[Row]:
+    """How far outputs agree with a reference; no lines if there is none."""
+    if not any(found):
+        return []
+    return [
+        Row(
+            "outputs equal to the reference",
+            tuple(percent(None if a is None else a.equal) for a in found),
+            heads_group=True,
+        ),
+        Row("  common beginning, of characters", tuple(percent(None if a is None else a.common_prefix) for a in found)),
+        Row("  same words at the same place", tuple(percent(None if a is None else a.same_words) for a in found)),
+    ]
 
 
 def comparison_rows(runs: Sequence[Run]) -> list[Row]:
@@ -121,3 +155,11 @@ def verdict(off: Run, on: Run) -> str:
 
 def _count(value: int | None) -> str:
     return NOTHING if value is None else str(value)
+
+
+def _rate(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value * 100:.0f} %"

@@ -47,12 +47,12 @@ def test_a_poll_does_not_wait_for_a_send(sender: Any) -> None:
 
     def slow(*_: Any) -> None:
         inside.set()
-        leave.wait(5)
+        leave.wait(60)
 
     sender.send = slow
     thread = threading.Thread(target=channel.send, args=([],), kwargs={"final": False})
     thread.start()
-    inside.wait(5)
+    assert inside.wait(60)
     assert channel.is_cancelled() is False
     leave.set()
     thread.join()

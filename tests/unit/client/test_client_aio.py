@@ -26,7 +26,11 @@ def connect(triton: FakeTriton) -> AsyncMorphClient:
 
 
 async def cancelled_on_server(triton: FakeTriton) -> bool:
-    return await asyncio.to_thread(triton.service.cancelled.acquire, timeout=5)
+    return await asyncio.to_thread(triton.service.cancelled.acquire, timeout=60)
+
+
+async def arrived_on_server(triton: FakeTriton) -> bool:
+    return await asyncio.to_thread(triton.service.arrived.acquire, timeout=60)
 
 
 async def test_a_stream_yields_text_tokens_and_levels(triton: FakeTriton) -> None:
@@ -70,7 +74,7 @@ async def test_a_cut_stream_and_a_deadline_are_errors(triton: FakeTriton) -> Non
 async def test_cancelling_the_task_cancels_on_the_server(triton: FakeTriton) -> None:
     async with connect(triton) as client:
         task = asyncio.create_task(client.generate("hang"))
-        await asyncio.wait([task], timeout=0.2)
+        assert await arrived_on_server(triton)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -34,7 +34,7 @@ class Terminal:
     def type(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
-    def until(self, words: str, timeout_s: float = 30.0) -> str:
+    def until(self, words: str, timeout_s: float = 100.0) -> str:
         """What came up to and with ``words``, since the last call."""
         end = time.monotonic() + timeout_s
         while words not in self._text:
@@ -72,7 +72,7 @@ def test_ctrl_c_cancels_the_answer_on_the_server_and_returns_to_the_prompt(
     screen.type("slow story\n")
     screen.until("w3 ")
     screen.type(CTRL_C)
-    assert triton.service.cancelled.acquire(timeout=5), "the server was not told"
+    assert triton.service.cancelled.acquire(timeout=60), "the server was not told"
     screen.until("(interrupted)")
     screen.until("> ")
     screen.type(f"/save {path}\n")
@@ -81,7 +81,7 @@ def test_ctrl_c_cancels_the_answer_on_the_server_and_returns_to_the_prompt(
     assert answer["interrupted"] is True and answer["content"].startswith("w0 w1 w2 w3 ")
     screen.until("> ")
     screen.type("/exit\n")
-    assert screen.process.wait(10) == 0
+    assert screen.process.wait(100) == 0
 
 
 def test_ctrl_c_before_the_first_word_takes_the_question_back(
@@ -90,7 +90,7 @@ def test_ctrl_c_before_the_first_word_takes_the_question_back(
     screen = terminal("--raw", "--url", triton.url, "--max-tokens", "2")
     screen.until("> ")
     screen.type("hang\n")
-    assert triton.service.arrived.acquire(timeout=10)
+    assert triton.service.arrived.acquire(timeout=60)
     screen.type(CTRL_C)
     screen.until("taken back")
     screen.until("> ")
@@ -118,11 +118,11 @@ def test_ctrl_c_and_ctrl_d_at_the_prompt_end_the_chat(terminal: Callable[..., Te
     # input() of CPython with readline misses a Ctrl-C in the microseconds between writing the prompt and waiting for
     # a key, which no hand is fast enough for, but this test is: then the next one counts.
     try:
-        status = screen.process.wait(5)
+        status = screen.process.wait(10 if key == CTRL_C else 100)
     except subprocess.TimeoutExpired:
         assert key == CTRL_C
         screen.type(key)
-        status = screen.process.wait(10)
+        status = screen.process.wait(100)
     assert status == 0
 
 
@@ -134,6 +134,6 @@ def test_in_a_pipe_an_interrupt_cancels_the_answer_and_ends_with_its_status(trit
         process.stdin.flush()
         assert process.stdout.read(3) == "w0 "
         process.send_signal(signal.SIGINT)
-        assert triton.service.cancelled.acquire(timeout=5), "the server was not told"
-        assert process.wait(10) == 130
+        assert triton.service.cancelled.acquire(timeout=60), "the server was not told"
+        assert process.wait(100) == 130
     assert len(triton.service.requests) == 1

@@ -109,7 +109,7 @@ def test_replay_prints_a_table_and_writes_its_figures(morph: Morph, triton: Fake
     result = morph("replay", trace(tmp_path), "--url", triton.url, "--metrics-url", triton.metrics_url,
                    "--out", out, "--ttft-slo", 5)  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    for part in ("3 requests", "TTFT p95", "output tokens per second", "TTFT target missed", "100 %"):
+    for part in ("3 requests", "TTFT p95", "output tokens per second", "targets missed", "goodput", "100 %"):
         assert part in result.stdout
     figures = json.loads(out.read_text())
     assert figures["trace"] == "trace.csv" and figures["run"]["summary"]["output_tokens"] == 9

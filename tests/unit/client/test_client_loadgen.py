@@ -33,19 +33,24 @@ async def test_every_planned_request_gets_a_record_in_order(triton: FakeTriton) 
 async def test_requests_go_out_when_due_though_earlier_ones_hang(triton: FakeTriton) -> None:
     plan = [Planned(0.0, "hang", 1, 1), Planned(0.1, "word", 1, 1), Planned(0.2, "word", 1, 1)]
     async with AsyncMorphClient(triton.url) as client:
-        records = await run_load(client, plan, deadline_s=2.0)
+        running = asyncio.create_task(run_load(client, plan))
+        for _ in plan:
+            assert await asyncio.to_thread(triton.service.arrived.acquire, timeout=60)
+        for hanging in triton.service.hanging:
+            hanging.set()
+        records = await running
     assert records[0].error is not None and records[1].error is None
-    assert all(r.sent_s - r.due_s < 1.5 and r.sent_s >= r.due_s for r in records)
+    assert all(r.sent_s >= r.due_s for r in records)
 
 
 async def test_cancelling_a_run_cancels_its_requests_on_the_server(triton: FakeTriton) -> None:
     async with AsyncMorphClient(triton.url) as client:
         task = asyncio.create_task(run_load(client, [Planned(0, "hang", 1, 1), Planned(60, "x", 1, 1)]))
-        await asyncio.wait([task], timeout=0.3)
+        assert await asyncio.to_thread(triton.service.arrived.acquire, timeout=60)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert await asyncio.to_thread(triton.service.cancelled.acquire, timeout=5)
+        assert await asyncio.to_thread(triton.service.cancelled.acquire, timeout=60)
 
 
 async def test_output_length_is_forced(triton: FakeTriton) -> None:
@@ -53,8 +58,9 @@ async def test_output_length_is_forced(triton: FakeTriton) -> None:
         await run_load(client, [Planned(0, "x", 1, 7)])
     request = triton.service.requests[0]
     sent = dict(zip((tensor.name for tensor in request.inputs), request.raw_input_contents, strict=True))
-    for part in (b'"max_tokens": 7', b'"min_tokens": 7', b'"ignore_eos": true'):
+    for part in (b'"max_tokens": 7', b'"ignore_eos": true'):
         assert part in sent["sampling_parameters"]
+    assert b"min_tokens" not in sent["sampling_parameters"], "such rows leave the fast path of a GPU's sampler"
 
 
 async def test_the_sampler_collects_states_and_counts_failures(triton: FakeTriton) -> None:
@@ -85,10 +91,10 @@ def test_a_prompt_has_about_the_wanted_length_and_its_own_beginning(tokens: int,
         assert prompt.split()[:2] != maker.make(tokens, index + 1).split()[:2]
 
 
-async def test_tokens_per_word_are_measured_with_one_request(triton: FakeTriton) -> None:
+async def test_tokens_per_word_are_measured_on_samples_from_all_over_the_text(triton: FakeTriton) -> None:
     async with AsyncMorphClient(triton.url) as client:
         assert await measure_tokens_per_word(client, words_of(None)) == pytest.approx(1.0)
-    assert len(triton.service.requests) == 1
+    assert len(triton.service.requests) == 6
 
 
 def test_the_prompt_text_may_come_from_a_file(tmp_path: Path) -> None:

@@ -86,9 +86,12 @@ class _Balanced(HTMLParser):
 
 def test_the_page_stands_alone_and_follows_the_readers_theme() -> None:
     runs = [run("off", 3), run("balanced", 1, 5)]
-    page = html.page(
-        "A <burst>", "it helped & more", table.comparison_rows(runs), runs, plot.themed_svg(picture(*runs)), ["n"]
-    )
+    page = html.render(
+        html.Page(
+            "A <burst>", "it helped & more", [r.label for r in runs], table.comparison_rows(runs),
+            [plot.themed_svgs(picture(*runs))], [html.Log("Log", "what <it> is", ["▼ level 0 → 4"])], "morph x", ["n"],
+        )
+    )  # fmt: skip
     assert not re.search(r"https?:|//[a-z]|<script|<link|@import|\burl\((?!#)", page)
     assert "prefers-color-scheme: dark" in page and "A &lt;burst&gt;" in page and "it helped &amp; more" in page
     for item in fields(Theme):
@@ -101,7 +104,7 @@ def test_the_page_stands_alone_and_follows_the_readers_theme() -> None:
 
 def test_a_page_can_do_without_a_picture() -> None:
     runs = [run("off", 3), run("balanced", 1, 5)]
-    assert "<svg" not in html.page("t", "v", table.comparison_rows(runs), runs, None, [])
+    assert "<svg" not in html.render(html.Page("t", "v", ["a", "b"], table.comparison_rows(runs)))
 
 
 def test_a_missing_matplotlib_is_one_sentence_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:

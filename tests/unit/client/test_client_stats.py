@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from morph_client.stats import RequestRecord, percentile, spread, summarise
+from morph_client.stats import RequestRecord, Targets, percentile, spread, summarise
 from morph_client.types import RungShare
 
 
@@ -56,7 +56,7 @@ def test_a_summary_counts_tokens_errors_and_precision() -> None:
     morphed = record(
         index=2, last_s=6.0, output_tokens=15, level0_tokens=0, max_level=3, rung_share=RungShare(0.5, 0, 0.5)
     )
-    summary = summarise([record(), failed, morphed], ttft_slo_s=0.4)
+    summary = summarise([record(), failed, morphed], Targets(ttft_s=0.4))
     assert summary.requests == 3 and summary.errors == 1 and summary.error_kinds == {"no room": 1}
     assert summary.output_tokens == 20 and summary.span_s == pytest.approx(5.0)
     assert summary.output_tokens_per_s == pytest.approx(4.0)
@@ -75,3 +75,13 @@ def test_a_run_without_any_answer_is_summed_up_too() -> None:
     summary = summarise([record(first_s=None, last_s=None, output_tokens=0, error="down", rung_share=None)])
     assert summary.output_tokens_per_s == 0.0 and summary.ttft_s.p95 is None
     assert summarise([]).requests == 0
+
+
+def test_goodput_counts_complete_answers_within_every_target() -> None:
+    slow = record(index=1, last_s=record().first_s + 8.0)
+    runs = [record(), slow, record(index=2, error="no room")]
+    summary = summarise(runs, Targets(ttft_s=9.0, tpot_s=1.0))
+    assert summary.slo_violations == 2
+    assert summary.goodput_per_s == pytest.approx(1 / summary.span_s)
+    assert summary.requests_per_s == pytest.approx(2 / summary.span_s)
+    assert summarise(runs).goodput_per_s is None

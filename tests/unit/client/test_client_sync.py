@@ -78,15 +78,18 @@ def test_a_failing_server_is_told_from_a_bad_request(client: MorphClient, word: 
 
 
 def test_a_deadline_ends_a_request_that_hangs(client: MorphClient, triton: FakeTriton) -> None:
-    with pytest.raises(DeadlineExceeded):
-        client.generate("hang", deadline_s=0.2)
-    assert triton.service.cancelled.acquire(timeout=5)
+    for deadline_s in (0.2, 2, 20):  # on a busy machine a short one is over before the server has heard of the request
+        with pytest.raises(DeadlineExceeded):
+            client.generate("hang", deadline_s=deadline_s)
+        if triton.service.arrived.acquire(timeout=0.2):
+            break
+    assert triton.service.cancelled.acquire(timeout=60)
 
 
 def test_leaving_the_with_block_cancels_on_the_server(client: MorphClient, triton: FakeTriton) -> None:
     with client.stream("slow", sampling=SamplingParams(max_tokens=1000)) as chunks:
         next(chunks)
-    assert triton.service.cancelled.acquire(timeout=5)
+    assert triton.service.cancelled.acquire(timeout=60)
     assert list(chunks) == []
 
 
@@ -94,15 +97,20 @@ def test_dropping_a_stream_half_read_cancels_on_the_server(client: MorphClient, 
     for _ in client.stream("slow", sampling=SamplingParams(max_tokens=1000)):
         break
     gc.collect()
-    assert triton.service.cancelled.acquire(timeout=5)
+    assert triton.service.cancelled.acquire(timeout=60)
 
 
 def test_another_thread_can_cancel(client: MorphClient, triton: FakeTriton) -> None:
     chunks = client.stream("hang")
-    threading.Timer(0.1, chunks.cancel).start()
+
+    def cancel() -> None:
+        triton.service.arrived.acquire(timeout=60)
+        chunks.cancel()
+
+    threading.Thread(target=cancel).start()
     with pytest.raises(Cancelled, match="by this client"):
         next(chunks)
-    assert triton.service.cancelled.acquire(timeout=5)
+    assert triton.service.cancelled.acquire(timeout=60)
 
 
 def test_many_threads_share_a_client_and_leave_nothing_behind(triton: FakeTriton) -> None:
@@ -118,13 +126,13 @@ def test_many_threads_share_a_client_and_leave_nothing_behind(triton: FakeTriton
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(100)
     assert texts == ["w0 w1 w2 w3 w4 "] * 40
     # The fake server's own threads stay; what must go is what this side started.
     foreign = ("ThreadPoolExecutor", "process_request", "serve_forever")
     mine = [t for t in threading.enumerate() if t not in before and not any(name in t.name for name in foreign)]
     for thread in mine:
-        thread.join(10)
+        thread.join(100)
     assert not any(thread.is_alive() for thread in mine)
 
 

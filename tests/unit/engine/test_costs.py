@@ -74,7 +74,7 @@ def test_every_step_of_the_measuring_holds_together(
         return launch(batch, rows, previous)
 
     monkeypatch.setattr(parts.runner, "launch", checked)
-    measure(parts, LevelPlan(range(4), ("w4",)), 60.0)
+    measure(parts, LevelPlan(range(4), ("w4",)), 60.0, ticking())
     assert {(1, 1), (8, 8), (48, 1)} <= sizes  # decodes, few and all; the longest chunk
     assert any(1 < sequences < tokens for tokens, sequences in sizes)  # both at once
 

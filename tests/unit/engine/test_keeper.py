@@ -22,7 +22,7 @@ from morph_runtime.engine.keeper import EngineKeeper
 from morph_runtime.engine.messages import EngineInfo, SamplingParams, StepOutput, StructuredOutputs, Submit
 from morph_runtime.errors import EngineDown
 
-FAST = KeeperSettings(restarts=3, pause_s=0.01, start_timeout_s=60)
+FAST = KeeperSettings(restarts=3, pause_s=0.01, start_timeout_s=110)
 LONG = SamplingParams(max_tokens=150, temperature=0.0, ignore_eos=True)
 CASES = {
     "greedy": LONG,
@@ -99,7 +99,7 @@ class Keeping:
         self.clients: list[EngineClient] = []
         self._config = config
         self.keeper = EngineKeeper(self._make, self.hearer, settings)
-        self.keeper.start(60)
+        self.keeper.start(110)
 
     def _make(self, listener: EngineListener) -> EngineClient:
         self.clients.append(EngineClient(self._config, listener, python=sys.executable))
@@ -113,12 +113,17 @@ class Keeping:
         for key, sampling in enumerate(CASES.values()):
             self.keeper.submit(Submit(key=key, prompt=[3, 1, 4, 1, 5, 9, 2, 6, key + 1], sampling=sampling))
         restarts, hearer = 0, self.hearer
-        while len(hearer.finished) < len(CASES):
+        while True:
             seen = sum(map(len, hearer.tokens.values()))
-            if disturb(seen):
+            if disturb(seen):  # on a busy machine perhaps only when all is over; it is survived then too
                 restarts += 1
                 hearer.wait(lambda wanted=restarts: hearer.restarted == wanted)
-            hearer.wait(lambda seen=seen: sum(map(len, hearer.tokens.values())) > seen or len(hearer.finished) == 7)
+            elif len(hearer.finished) == len(CASES):
+                return
+            else:
+                hearer.wait(
+                    lambda seen=seen: sum(map(len, hearer.tokens.values())) > seen or len(hearer.finished) == len(CASES)
+                )
 
 
 @pytest.fixture
@@ -139,7 +144,7 @@ def test_tokens_after_kills_are_those_of_an_undisturbed_run(keeping: Callable[..
     calm = keeping(overlap)
     calm.serve()
     stormy = keeping(overlap)
-    strikes = [60, 350, 700]
+    strikes = [60, 250, 450]
 
     def strike(tokens: int) -> bool:
         if not strikes or tokens < strikes[0]:
@@ -184,18 +189,19 @@ def test_a_segfault_is_survived_and_its_suspects_are_cleared(keeping: Callable[.
 
 
 def test_a_stopped_engine_is_noticed_and_replaced(keeping: Callable[..., Keeping]) -> None:
-    settings = KeeperSettings(restarts=3, pause_s=0.01, silence_s=2, start_timeout_s=60)
+    settings = KeeperSettings(restarts=3, pause_s=0.01, silence_s=4, start_timeout_s=110)
     held = keeping(settings=settings)
     held.keeper.submit(Submit(key=1, prompt=[1, 2], sampling=LONG))
     held.hearer.wait(lambda: held.hearer.tokens.get(1))
     held.kill(signal.SIGSTOP)
-    held.hearer.wait(lambda: held.hearer.finished.get(1) == "length")
-    assert held.hearer.restarting == ["It did not answer for 2 s."]
-    assert len(held.hearer.tokens[1]) == 150
+    held.keeper.submit(Submit(key=2, prompt=[1, 2], sampling=LONG))  # only who has requests has to answer
+    held.hearer.wait(lambda: held.hearer.finished == {1: "length", 2: "length"})
+    assert held.hearer.restarting == ["It did not answer for 4 s."]
+    assert held.hearer.tokens[1] == held.hearer.tokens[2] and len(held.hearer.tokens[1]) == 150
 
 
 def test_a_short_pause_is_no_crash(keeping: Callable[..., Keeping]) -> None:
-    held = keeping(settings=KeeperSettings(silence_s=20))
+    held = keeping(settings=KeeperSettings(silence_s=100))
     held.keeper.submit(Submit(key=1, prompt=[1, 2], sampling=LONG))
     held.hearer.wait(lambda: held.hearer.tokens.get(1))
     held.kill(signal.SIGSTOP)
@@ -216,7 +222,7 @@ def test_what_came_during_a_restart_is_served_and_what_was_cancelled_is_acknowle
     held.keeper.submit(Submit(key=2, prompt=[3, 4], sampling=LONG))
     held.keeper.submit(Submit(key=3, prompt=[3, 4], sampling=LONG))
     held.keeper.cancel(3)
-    assert held.hearer.finished == {3: "cancelled"}
+    assert held.hearer.finished[3] == "cancelled"
     held.hearer.wait(lambda: len(held.hearer.finished) == 3)
     assert 3 not in held.hearer.tokens and len(held.hearer.tokens[2]) == 150
 

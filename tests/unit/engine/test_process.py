@@ -52,7 +52,7 @@ class Recorder:
 
     def wait(self, what: object) -> None:
         with self.condition:
-            assert self.condition.wait_for(what, timeout=30)  # type: ignore[arg-type]
+            assert self.condition.wait_for(what, timeout=100)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def recorder() -> Recorder:
 @pytest.fixture(params=["off", "on"], ids=["one by one", "overlap"])
 def client(request: pytest.FixtureRequest, folder: Path, recorder: Recorder) -> Iterator[EngineClient]:
     made = EngineClient(config_for(folder, request.param), recorder, python=sys.executable)
-    made.start(60)
+    made.start(110)
     yield made
     made.close()
 
@@ -98,10 +98,14 @@ def test_tokens_are_those_of_an_engine_in_this_process(folder: Path, recorder: R
 
 
 def test_a_cancelled_request_is_acknowledged_and_its_blocks_are_free(recorder: Recorder, client: EngineClient) -> None:
-    client.submit(Submit(key=1, prompt=[1, 2, 3], sampling=SamplingParams(max_tokens=200, ignore_eos=True)))
-    recorder.wait(lambda: len(recorder.tokens.get(1, [])) >= 2)
-    client.cancel(1)
-    recorder.wait(lambda: recorder.finished.get(1) == "cancelled")
+    for key in range(10):  # a busy machine may let one end before we come to cancel it
+        client.submit(Submit(key=key, prompt=[1, 2, 3], sampling=SamplingParams(max_tokens=200, ignore_eos=True)))
+        recorder.wait(lambda key=key: len(recorder.tokens.get(key, [])) >= 2)
+        client.cancel(key)
+        recorder.wait(lambda key=key: key in recorder.finished)
+        if recorder.finished[key] == "cancelled":
+            break
+    assert recorder.finished[key] == "cancelled"
     recorder.wait(lambda: recorder.stats and recorder.stats[-1].kv_blocks_used == 0)
 
 
@@ -119,7 +123,7 @@ def test_an_orderly_close_lets_running_requests_finish_and_is_no_crash(
     recorder: Recorder, client: EngineClient
 ) -> None:
     client.submit(Submit(key=1, prompt=[1, 2, 3], sampling=GREEDY))
-    client.close(drain_s=20)
+    client.close(drain_s=100)
     assert recorder.finished == {1: "length"}
     assert recorder.down == []
 
@@ -129,13 +133,13 @@ def test_a_budget_that_cannot_hold_the_model_is_one_sentence_with_the_least_that
 ) -> None:
     made = EngineClient(config_for(folder, budget_gib=0.0005), recorder, python=sys.executable)
     with pytest.raises(ConfigError, match=r"memory\.budget_gib is 0.0005, but this model needs at least 0\.\d+ GiB"):
-        made.start(60)
+        made.start(110)
 
 
 def test_a_missing_model_folder_is_one_sentence(recorder: Recorder) -> None:
     made = EngineClient(config_for(Path("/nonexistent/model")), recorder, python=sys.executable)
     with pytest.raises(ConfigError, match=r"'/nonexistent/model' does not exist"):
-        made.start(60)
+        made.start(110)
 
 
 def test_the_engine_ends_when_its_parent_is_killed(folder: Path) -> None:
@@ -146,7 +150,7 @@ sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from engine.test_process import Recorder, config_for
 from pathlib import Path
 client = EngineClient(config_for(Path({str(folder)!r})), Recorder(), python=sys.executable)
-client.start(60)
+client.start(110)
 print(client.pid, flush=True)
 sys.stdin.read()
 """
@@ -160,7 +164,7 @@ sys.stdin.read()
     parent.wait()
     ended = threading.Event()
     threading.Thread(target=lambda: (_wait_for_exit(descriptor), ended.set()), daemon=True).start()
-    assert ended.wait(20), "the engine outlived its parent"
+    assert ended.wait(100), "the engine outlived its parent"
 
 
 def _wait_for_exit(descriptor: int) -> None:

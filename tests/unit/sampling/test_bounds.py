@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,9 @@ def test_a_step_takes_no_more_than_the_ledger_counts(params: dict[str, float]) -
     # A process of its own: the peak of this one is whatever other tests have left.
     command = [sys.executable, "-c", PROGRAM, str(ROWS), str(VOCAB), json.dumps(params)]
     paths = ":".join(str(path) for path in (ROOT, ROOT / "tests" / "unit"))
-    done = subprocess.run(command, check=True, capture_output=True, env={"PYTHONPATH": paths}, timeout=100)
+    done = subprocess.run(
+        command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": paths}, timeout=200
+    )
     assert int(done.stdout) <= workspace_bytes(ROWS, VOCAB, torch.device("cpu")) + SLACK
 
 

@@ -8,7 +8,8 @@ from morph_runtime.config import CacheSettings, SchedulerSettings
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.errors import IntegrityError
 from morph_runtime.kv import BlockPool
-from morph_runtime.morph.signals import LoadStatistics, Signals
+from morph_runtime.morph.load import Load
+from morph_runtime.morph.signals import LoadReader
 from morph_runtime.scheduler import PrefixCache, Request, Scheduler
 
 BLOCK = 4
@@ -58,9 +59,10 @@ class House:
         self.scheduler.check_integrity()
         return pairs
 
-    def signals(self, pending: int = 0) -> Signals:
-        capacities = (self.pool.capacity,)
-        return LoadStatistics().read(0.0, 0, capacities, self.pool.num_used, 8, self.scheduler, None)
+    def load(self) -> Load:
+        return LoadReader((self.pool.capacity,), 8, 512, BLOCK).read(
+            0.0, 0, self.pool.num_used, self.scheduler, None, 2.0
+        )
 
 
 def prompt(blocks: int, rest: int = 1) -> list[int]:
@@ -249,17 +251,17 @@ def test_the_hit_rate_counts_the_tokens_of_each_request_once() -> None:
 def test_the_controller_sees_shared_blocks_once_and_cached_ones_not_at_all() -> None:
     house = House(12)
     house.serve(prompt(6))
-    idle = house.signals()
+    idle = house.load()
     assert (idle.used, idle.growth, idle.demand) == (0, 0, 0)
     house.add(prompt(6), max_tokens=4)
     house.step()
     house.add(prompt(6), max_tokens=4)
-    waiting = house.signals()
+    waiting = house.load()
     assert (waiting.used, waiting.waiting_blocks, waiting.head_fits, waiting.demand) == (7, 2, True, 7 + 1 + 2)
     house.step()
-    both = house.signals()
+    both = house.load()
     assert (both.used, both.growth) == (8, 2)
-    assert both.request_blocks == (8 + 2) / 2, "of the second's eight blocks six are the first's"
+    assert both.running.blocks.tolist() == [7, 1], "of the second's blocks six are the first's"
 
 
 def test_damage_to_the_index_is_noticed() -> None:

@@ -123,9 +123,9 @@ def test_a_block_is_found_by_others_only_once_the_step_that_fills_it_is_resolved
     plan = bench.launch()
     twin = Request(2, [1] * 9, 9, SamplingParams(), 0, 2.0)
     bench.scheduler.add(twin)
-    assert bench.scheduler.shared_blocks(twin, 0) == 0
+    assert bench.scheduler.reusable(twin, 0)[1] == 0
     bench.resolve(plan, 30)
-    assert bench.scheduler.shared_blocks(twin, 0) == 2
+    assert bench.scheduler.reusable(twin, 0)[1] == 2
 
 
 def test_long_prompts_go_on_chunk_by_chunk_with_steps_in_flight() -> None:

@@ -1,0 +1,266 @@
+"""What would come of each level: TTFT of what waits and of what will come, TPOT of what runs.
+
+A coarse simulation of the engine, one column for each future that is compared, all of them at once. Time goes in
+intervals that grow, so that the next tenth of a second and the next twenty seconds are both in it. In each interval
+the engine's steps are alike: decodes, and beside them as much prefill as `max_batched_tokens` leaves room for;
+requests get in as far as computing, KV blocks and places allow, and leave after as many steps as they have tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from morph_runtime.morph.backlog import backlog_of
+from morph_runtime.morph.costs import StepCosts
+from morph_runtime.morph.load import Bools, Floats, Ints, Load
+from morph_runtime.slo import SloClass
+
+INTERVALS, FIRST_S, GROWTH = 10, 0.05, 1.8
+"""22.3 s in all."""
+BURST_S = 5.0
+"""Time in which an arrival rate above its mean is expected to fall back to it (e-fold)."""
+NO_BOUND = 1e9
+
+
+@dataclass(frozen=True)
+class Futures:
+    """The futures that are compared, C of them.
+
+    Attributes:
+        levels: int64 [C], the level that is gone to.
+        more: float64 [C], factor on the arrivals; above 1 where the forecast is to be on the safe side.
+        lasting: bool [C], whether the higher of the two arrival rates lasts, else a burst falls back to the mean.
+        bound: float64 [C], share of each target that counts as meeting it.
+    """
+
+    levels: Ints
+    more: Floats
+    lasting: Bools
+    bound: Floats
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What comes of each future; arrays have C entries.
+
+    Attributes:
+        levels: as asked for.
+        score: 0 where every target is met; else the mean share by which targets are overrun.
+        late: share of the requests whose TTFT is above its bound.
+        ttft_s: the longest TTFT of those that wait or will come.
+        tpot_s: mean time between two tokens; 0 if nothing decodes.
+    """
+
+    levels: Ints
+    score: Floats
+    late: Floats
+    ttft_s: Floats
+    tpot_s: Floats
+
+    def part(self, start: int, stop: int) -> Forecast:
+        """The futures from `start` to before `stop`."""
+        at = slice(start, stop)
+        return Forecast(self.levels[at], self.score[at], self.late[at], self.ttft_s[at], self.tpot_s[at])
+
+
+FUTURE_SAMPLES = 4
+"""Requests to come whose TTFT is forecast."""
+
+
+class Forecaster:
+    """Makes forecasts with the costs of one engine."""
+
+    def __init__(self, costs: StepCosts, classes: Sequence[SloClass], max_batched_tokens: int) -> None:
+        """`max_batched_tokens`: tokens of one step; loads that are forecast have no more."""
+        self.costs = costs
+        self.width = max_batched_tokens + 1
+        levels, sizes = np.arange(costs.max_level + 1), np.arange(self.width)
+        self.bare_s: Floats = costs.fixed_s(levels[:, None], sizes[None, :], 0).ravel()
+        """Seconds of a step of n decodes at level k, without what attention reads: [k * width + n]."""
+        self.full_s: Floats = costs.fixed_s(levels[:, None], 0, np.maximum(sizes[None, :], 1)).ravel()
+        """The same of a step of n prompt tokens; a decode in it takes `row_s` more."""
+        self._walks: dict[int, Floats] = {}
+        self.ttft_s = np.array([entry.ttft_s for entry in classes])
+        self.tpot_s = np.array([entry.tpot_s or NO_BOUND for entry in classes])
+        self.edges = np.concatenate([[0.0], np.cumsum(FIRST_S * GROWTH ** np.arange(INTERVALS))])
+
+    def walk_s(self, level: int) -> Floats:
+        """Seconds of the walk from `level` to each level."""
+        if level not in self._walks:
+            self._walks[level] = np.array([self.costs.shift_s(level, k) for k in range(self.costs.max_level + 1)])
+        return self._walks[level]
+
+    def forecast(self, load: Load, futures: Futures) -> Forecast:
+        """What would come of each future from now on."""
+        run = _Run(self, load, futures)
+        for at in range(INTERVALS):
+            run.advance(at)
+        return run.result()
+
+
+class _Run:
+    """One forecast's state, vectors over the futures; `advance` moves it through an interval."""
+
+    def __init__(self, maker: Forecaster, load: Load, futures: Futures) -> None:
+        self._maker, self._load, self._futures = maker, load, futures
+        self._line = line = backlog_of(load)
+        count = len(futures.levels)
+        running = load.running
+        order = np.argsort(running.output)
+        self._ends: Floats = running.output[order]
+        self._left = _suffix_sums(np.ones(len(running)))
+        self._left_blocks = _suffix_sums(running.blocks[order])
+        self._left_context = _suffix_sums((running.context + running.uncomputed)[order])
+        self._shared = max(0.0, load.used - float(running.blocks.sum()))
+        zeros = np.zeros(count)
+        self._steps, self._place, self._tokens, self._blocks = zeros, zeros, zeros, zeros
+        self._decodes = np.full(count, float(len(running)))
+        self._context = np.full(count, self._left_context[0])
+        self._used = np.full(count, float(load.used))
+        self._tpot_s, self._tpot_weight = zeros, zeros
+        self._own_s = zeros
+        self._cohorts = np.zeros((5, INTERVALS, count))
+        """Requests admitted in an interval: their number, blocks, tokens; the steps at which that began and ended."""
+        self._places = np.zeros((INTERVALS + 1, count))
+        self._available = line.length + self._arrivals(maker.edges)
+        self._available_tokens = np.interp(self._available, line.place, line.tokens)
+        shift_s = maker.walk_s(load.level)[futures.levels]
+        middles = (maker.edges[1:] + maker.edges[:-1]) / 2
+        done = np.minimum(1.0, middles[:, None] / np.maximum(shift_s, 1e-9))
+        self._levels: Ints = np.rint(load.level + (futures.levels - load.level) * done).astype(np.int64)
+        # Going up, the room is given back before the layers change.
+        room = np.where(futures.levels < load.level, futures.levels, self._levels)
+        self._capacities = load.capacities[room].astype(np.float64)
+
+    def _arrivals(self, times: Floats) -> Floats:
+        """Requests that have come by each time, float64 [T, C]."""
+        load, futures = self._load, self._futures
+        fast, slow = load.arrivals_per_s, load.mean_arrivals_per_s or load.arrivals_per_s
+        lasting = np.where(futures.lasting, max(fast, slow), slow)
+        passing = np.where(futures.lasting, 0.0, fast - slow)
+        faded = BURST_S * (1 - np.exp(-times / BURST_S))
+        came: Floats = (times[:, None] * lasting + faded[:, None] * passing) * futures.more
+        return came
+
+    def advance(self, at: int) -> None:
+        """Move on through interval number `at`."""
+        line, load, maker = self._line, self._load, self._maker
+        seconds = maker.edges[at + 1] - maker.edges[at]
+        size, costs = load.block_tokens, maker.costs
+        capacity = self._capacities[at]
+        row = self._levels[at] * maker.width
+
+        # Two kinds of steps: with as much prefill as there is, for as long as there is, then without.
+        decodes = np.minimum(self._decodes + 0.5, maker.width - 2).astype(np.int64)
+        waits = self._available_tokens[at] - self._tokens
+        chunk = np.minimum(np.maximum(waits, line.prompt), maker.width - 1 - decodes).astype(np.int64)
+        reads = self._context * (costs.context_s + costs.mean_context_s / np.maximum(self._decodes, 1.0))
+        attends = line.reach * (chunk * costs.pair_s + costs.chunk_s)
+        full_s = (maker.full_s[row + decodes + chunk] + decodes * costs.row_s + reads + attends) * load.slowness
+        bare_s = (maker.bare_s[row + decodes] + reads) * load.slowness
+        full = np.minimum(seconds / full_s, (self._available_tokens[at + 1] - self._tokens) / chunk)
+        # What does not fit is preempted and computed again: decodes get on as far as blocks do.
+        pace = np.minimum(1.0, capacity / np.maximum(self._used, 1.0))
+        steps = (full + (seconds - full * full_s) / bare_s) * pace
+
+        # Who is still there at the end of it, and who has got in meanwhile.
+        there, blocks, context = self._still_there(at, self._steps + steps)
+        turnover = np.maximum(1.0, steps / line.output)
+        room = np.maximum(capacity - blocks, 0.0) * turnover
+        seats = np.maximum(load.max_running - there, 0.0) * turnover
+        place = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), self._place + seats)
+        place = np.minimum(place, np.interp(self._tokens + full * chunk, line.tokens, line.place))
+        place = np.maximum(np.minimum(place, self._available[at + 1]), self._place)
+        tokens, taken = np.interp(place, line.place, line.tokens), np.interp(place, line.place, line.blocks)
+        full = (tokens - self._tokens) / chunk
+        steps = (full + (seconds - full * full_s) / bare_s) * pace
+
+        fresh = np.maximum(place, line.begun) - np.maximum(self._place, line.begun)
+        cohort = self._cohorts[:, at]
+        cohort[0], cohort[1], cohort[2] = fresh, taken - self._blocks, fresh * line.prompt
+        cohort[3], cohort[4] = self._steps, self._steps + steps
+        stay = np.minimum(1.0, line.output / np.maximum(steps, 1e-9))
+        written = fresh * np.minimum(steps, line.output) / 2
+        self._tpot_s = self._tpot_s + self._decodes * seconds
+        self._tpot_weight = self._tpot_weight + self._decodes * steps
+        self._decodes = there + stay * fresh
+        self._used = blocks + stay * (cohort[1] + written / size)
+        self._context = context + stay * (cohort[2] + written)
+        self._steps, self._place, self._tokens, self._blocks = self._steps + steps, place, tokens, taken
+        self._places[at + 1] = place
+        if at == INTERVALS // 2:
+            alone = np.minimum(int(line.prompt), maker.width - 1 - decodes)
+            steps_alone = np.ceil(line.prompt / np.maximum(alone, 1))
+            self._own_s = (maker.full_s[row + decodes + alone] + reads) * steps_alone * load.slowness
+
+    def _still_there(self, at: int, steps: Floats) -> tuple[Floats, Floats, Floats]:
+        """Requests, blocks and tokens in the cache of those admitted before interval `at`, after so many steps."""
+        size, output = self._load.block_tokens, self._line.output
+        gone = np.searchsorted(self._ends, steps, side="right")
+        there = self._left[gone]
+        blocks = self._shared + self._left_blocks[gone] + there * steps / size
+        context = self._left_context[gone] + there * steps
+        if at:
+            number, began, ended = self._cohorts[0, :at], self._cohorts[3, :at], self._cohorts[4, :at]
+            alive = np.minimum(np.maximum((ended + output - steps) / (ended - began + 1e-9), 0.0), 1.0)
+            held, took, tokens = (self._cohorts[:3, :at] * alive).sum(axis=1)
+            written = (np.minimum(steps - (began + ended) / 2, output) * number * alive).sum(axis=0)
+            there = there + held
+            blocks = blocks + took + written / size
+            context = context + tokens + written
+        return there, blocks, context
+
+    def result(self) -> Forecast:
+        """What has come of it."""
+        futures, maker, sample = self._futures, self._maker, self._line.sample
+        shares = self._load.typical.slo_shares if len(self._load.typical.slo_shares) else np.ones(1)
+        kinds = np.flatnonzero(shares > 0)
+        horizon = maker.edges[-1]
+        begins = np.linspace(0.0, horizon, FUTURE_SAMPLES, endpoint=False)
+        arrivals = self._arrivals(np.append(begins, horizon))
+        # TTFT of those that are here: [S, C]; of those to come: [F, C], each at once and for every class.
+        here = self._reached_s(sample.place[:, None] + 1.0) + sample.age_s[:, None]
+        coming = self._reached_s(self._line.length + arrivals[:-1]) - begins[:, None]
+        coming = np.maximum(coming, 0.0) + self._own_s
+        ttft = np.concatenate([here, np.repeat(coming, len(kinds), axis=0)])
+        slo = np.concatenate([sample.slo, np.tile(kinds, len(begins))])
+        each = np.outer(np.tile(shares[kinds], len(begins)), arrivals[-1] / len(begins))
+        weight = np.concatenate([np.broadcast_to(sample.weight[:, None], here.shape), each])
+        total = np.maximum(weight.sum(axis=0), 1e-9)
+        over = ttft / (maker.ttft_s[slo, None] * futures.bound) - 1.0
+        score = (np.maximum(over, 0.0) * weight).sum(axis=0) / total
+        late = ((over > 0) * weight).sum(axis=0) / total
+        tpot = self._tpot_s / np.maximum(self._tpot_weight, 1e-9)
+        running = self._load.running
+        for kind in np.flatnonzero(maker.tpot_s < NO_BOUND):
+            if len(running):
+                share = float((running.slo == kind).mean())
+            else:
+                share = float(shares[kind]) if kind < len(shares) else 0.0
+            score = score + share * np.maximum(tpot / (maker.tpot_s[kind] * futures.bound) - 1.0, 0.0)
+        counted = np.where(weight > 0, ttft, 0.0)
+        return Forecast(futures.levels, score, late, counted.max(axis=0), tpot)
+
+    def _reached_s(self, place: Floats) -> Floats:
+        """When the line is done up to each place, [S, C] from [S, C] or [S, 1]; beyond the horizon at the same pace."""
+        edges, places = self._maker.edges, self._places
+        place = np.broadcast_to(place - 1e-6, (len(place), places.shape[1]))  # sums that are equal but for rounding
+        after = (places[:, None, :] < place[None]).sum(axis=0)
+        first = np.clip(after - 1, 0, INTERVALS - 1)
+        low, high = np.take_along_axis(places, first, 0), np.take_along_axis(places, first + 1, 0)
+        part = np.clip((place - low) / np.maximum(high - low, 1e-9), 0.0, 1.0)
+        inside = edges[first] + part * (edges[first + 1] - edges[first])
+        pace = (places[-1] - places[0]) / edges[-1]
+        beyond = np.maximum(place - places[-1], 0.0) / np.maximum(pace, 1e-3)
+        result: Floats = inside + beyond
+        return result
+
+
+def _suffix_sums(values: Floats | Ints) -> Floats:
+    """Entry i is the sum of the values from i on; one entry more than there are values."""
+    result = np.zeros(len(values) + 1)
+    result[:-1] = np.cumsum(values[::-1])[::-1]
+    return result
