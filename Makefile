@@ -59,7 +59,7 @@ chaos: $(STAMP) ## a storm over a real server; ARGS="--seed 7 --seconds 600 --le
 fuzz: $(STAMP) ## hostile requests on the wire; ARGS="--seed 7 --requests 100000"
 	@$(BIN)/python -m tests.chaos.fuzz $(ARGS)
 
-soak: $(STAMP) ## an hour under load, and whether anything grows; ARGS="--seed 7 --minutes 60"
+soak: $(STAMP) ## an hour under load after a warm-up, and whether anything grows; ARGS="--seed 7 --minutes 90"
 	@$(BIN)/python -m tests.chaos.soak $(ARGS)
 
 audit: $(STAMP) ## known vulnerabilities of what is installed, by pip-audit; asks a service on the network

@@ -1,4 +1,4 @@
-"""`python -m tests.chaos.soak --minutes 60`: a long time under load, and whether anything grows.
+"""`python -m tests.chaos.soak --minutes 90`: a long time under load, and whether anything grows.
 
 Two servers get the same requests: the product, and Triton with a model that only echoes (`echo/model.py`). Arrivals
 follow a Poisson process at a share of the measured capacity, with a burst in each minute, so that layers shift.
@@ -271,8 +271,8 @@ def main() -> int:
     """Run once; exit status 1 if anything has grown or gone wrong."""
     parser = argparse.ArgumentParser(prog="tests.chaos.soak", description=__doc__)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes whose samples do not count")
+    parser.add_argument("--minutes", type=float, default=90.0)
+    parser.add_argument("--warm-up", type=float, default=30.0, help="minutes whose samples do not count")
     parser.add_argument("--load", type=float, default=0.7, help="share of the measured capacity")
     parser.add_argument("--calm-every", type=float, default=150.0, help="seconds of load between samples")
     parser.add_argument("--json", type=Path, help="write the figures there")

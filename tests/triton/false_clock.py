@@ -35,7 +35,13 @@ class FalseClock:
         }
 
     def set(self, offset_s: int) -> None:
-        """From now on the clock is `offset_s` seconds off."""
+        """From now on the clock is `offset_s` seconds ahead of the true time; less than before is a jump backwards.
+
+        Never behind it: Triton's Python backend locks its mutexes with a deadline, and libfaketime does not translate
+        deadlines of mutexes. One in the true past would make a lock that somebody holds fail at once, which no clock
+        does.
+        """
+        assert offset_s >= 0
         fresh = self._file.with_suffix(".new")
         fresh.write_text(f"{offset_s:+d}\n")
         os.replace(fresh, self._file)

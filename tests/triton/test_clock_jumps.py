@@ -20,7 +20,8 @@ from wire_client import GrpcStream, sse, text_of, until
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(library() is None, reason=MISSING), pytest.mark.timeout(240)]
 
 GREEDY = {"max_tokens": 400, "temperature": 0, "ignore_eos": True}
-JUMPS_S = (3600, -86_400, 30, -1, 0)
+JUMPS_S = (3600, 90_000, 60, 86_400, 0)
+"""Forwards by an hour and a day, back by a day, forwards by one, and back to the true time."""
 HEARTBEAT = re.compile(r"^morph_engine_heartbeat_seconds\{[^}]*\} (\S+)$", re.M)
 
 
@@ -51,12 +52,12 @@ def jump(server: TritonServer, clock: FalseClock, offset_s: int) -> None:
 def test_streams_and_queue_do_not_notice_that_the_clock_is_set(jumpy: tuple[TritonServer, FalseClock]) -> None:
     server, clock = jumpy
     calm = text_of(GrpcStream(server).ask("The sea", GREEDY).rest(60))
-    for round_, offset_s in enumerate(JUMPS_S):
+    for number, offset_s in enumerate(JUMPS_S):
         # Two run, some wait in the engine's line, one in execute(), and the last in Triton's queue, for 60 s at most.
         streams = [GrpcStream(server).ask("The sea", GREEDY) for _ in range(8)]
         streams[0].next()
         jump(server, clock, offset_s)
-        if round_ == 1:
+        if number == 1:
             os.kill(engine_of(server), signal.SIGKILL)
         assert [text_of(stream.rest(100)) for stream in streams] == [calm] * 8
         assert [stream.responses[-1].error for stream in streams] == [""] * 8
