@@ -19,7 +19,7 @@ from wire_client import GrpcStream, sse, text_of, until
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(library() is None, reason=MISSING), pytest.mark.timeout(240)]
 
-GREEDY = {"max_tokens": 400, "temperature": 0, "ignore_eos": True}
+GREEDY = {"max_tokens": 160, "temperature": 0, "ignore_eos": True}
 JUMPS_S = (3600, 90_000, 60, 86_400, 0)
 """Forwards by an hour and a day, back by a day, forwards by one, and back to the true time."""
 HEARTBEAT = re.compile(r"^morph_engine_heartbeat_seconds\{[^}]*\} (\S+)$", re.M)
