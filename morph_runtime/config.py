@@ -7,18 +7,20 @@ Sources, later ones win: the defaults here, `model.json` of the Triton model, th
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from morph_runtime.errors import ConfigError
+from morph_runtime.settings_tree import as_plain, build, kind_name, parse
 from morph_runtime.slo import parse_classes
 
 MODES = ("accuracy", "balanced", "performance", "off")
 DTYPES = ("auto", "bfloat16", "float32")
+LOAD_FORMATS = ("auto", "dummy")
 RUNGS = ("w8", "w4")
 PINS = ("", "full", *RUNGS)
 KV_DTYPES = ("auto", "fp8", "int8")
@@ -26,7 +28,6 @@ REUSES = ("exact", "at_least", "any")
 OVERLAPS = ("auto", "on", "off")
 COSTS = ("auto", "off")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-BOOLEANS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class ModelSettings:
     rounded to nearest."""
     dtype: str = "auto"
     """`bfloat16`, `float32`, or `auto`: bfloat16 on every device. float32 is meant for equality tests."""
+    load_format: str = "auto"
+    """`auto`: the folder's weights; `dummy`: seeded random ones in the shapes of its config.json, for benchmarks (the
+    name is vLLM's)."""
     max_model_len: int = 0
     """Tokens of prompt + output per request; 0: the model's limit, lowered to what base KV capacity holds."""
     verify_pack: bool = False
@@ -181,7 +185,7 @@ class EngineConfig:
 
     def to_json(self) -> str:
         """The tree as JSON; `from_mapping(json.loads(...))` gives it back."""
-        return json.dumps(_as_plain(self))
+        return json.dumps(as_plain(self))
 
     @staticmethod
     def from_mapping(values: Mapping[str, Any]) -> EngineConfig:
@@ -190,7 +194,7 @@ class EngineConfig:
         Raises:
             ConfigError: an unknown key, a wrong type, or a value out of range; the text names the field.
         """
-        config = _build(EngineConfig, values, "")
+        config = build(EngineConfig, values, "")
         assert isinstance(config, EngineConfig)
         validate(config)
         return config
@@ -210,9 +214,9 @@ class EngineConfig:
             section = getattr(config, group) if group else config
             kind = get_type_hints(type(section))[key]
             try:
-                value = _parse(kind, text)
+                value = parse(kind, text)
             except ValueError:
-                raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {text!r}.") from None
+                raise ConfigError(f"{name} must be {kind_name(kind)}, but is {text!r}.") from None
             changed: dict[str, Any] = {key: value}
             config = replace(config, **({group: replace(section, **changed)} if group else changed))
         validate(config)
@@ -224,6 +228,7 @@ ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODEL": ("model", "path"),
     "MORPH_AWQ": ("model", "awq_path"),
     "MORPH_DTYPE": ("model", "dtype"),
+    "MORPH_LOAD_FORMAT": ("model", "load_format"),
     "MORPH_PACK_SOURCE": ("model", "pack_source"),
     "MORPH_MAX_MODEL_LEN": ("model", "max_model_len"),
     "MORPH_MEMORY_BUDGET_GIB": ("memory", "budget_gib"),
@@ -278,8 +283,8 @@ def validate(config: EngineConfig) -> None:
         ("stats_interval_s", config.stats_interval_s, 1e-3, 60),
     ]
     for name, value, low, high in limits:
-        if not (math.isfinite(value) and low <= value <= high):
-            raise ConfigError(f"{name} must be between {low:g} and {high:g}, but is {value}.")
+        if not low <= value <= high:  # NaN is in no range
+            raise ConfigError(f"{name} must be between {low:.15g} and {high:.15g}, but is {value}.")
     if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise ConfigError(
             f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
@@ -291,6 +296,7 @@ def validate(config: EngineConfig) -> None:
     parse_classes(config.morph.slo_classes, config.morph.ttft_slo_s, config.morph.tpot_slo_s)
     _one_of("morph.costs", config.morph.costs, COSTS)
     _one_of("model.dtype", config.model.dtype, DTYPES)
+    _one_of("model.load_format", config.model.load_format, LOAD_FORMATS)
     _one_of("overlap", config.overlap, OVERLAPS)
     _one_of("device", config.device, ("cpu", "cuda"))
     for rung in config.morph.ladder:
@@ -307,6 +313,16 @@ def validate(config: EngineConfig) -> None:
         )
     if config.model.awq_path and "w4" not in config.morph.ladder:
         raise ConfigError("model.awq_path names an AWQ checkpoint, but morph.ladder has no w4 that could use it.")
+
+
+def with_variables(sentence: str) -> str:
+    """An error's sentence, with the environment's name beside the field that it is about: who reads it has set that."""
+    for variable, (section, key) in ENVIRONMENT.items():
+        name = f"{section}.{key}" if section else key
+        place = rf"(?<![\w.]){re.escape(name)}(?![\w.])" if section else rf"^{name}\b"
+        if variable not in sentence:
+            sentence = re.sub(place, f"{name} ({variable})", sentence, count=1)
+    return sentence
 
 
 def log_level(env: Mapping[str, str]) -> str:
@@ -340,48 +356,3 @@ def resolve_model_folder(path: str) -> Path:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, but is {value!r}.")
-
-
-def _kind_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(kind, "a comma-separated list")
-
-
-def _parse(kind: Any, text: str) -> Any:
-    """The value that an environment variable spells; raises ValueError."""
-    if kind is bool:
-        if text.lower() not in BOOLEANS:
-            raise ValueError(text)
-        return BOOLEANS[text.lower()]
-    return kind(text) if kind in (int, float, str) else tuple(filter(None, text.split(",")))
-
-
-def _build(cls: Any, values: Mapping[str, Any], prefix: str) -> Any:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{prefix.rstrip('.') or 'The configuration'} must be an object with named fields.")
-    hints = get_type_hints(cls)
-    known = {f.name for f in fields(cls)}
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in known:
-            raise ConfigError(f"Unknown setting '{prefix}{key}'; known are: {', '.join(sorted(known))}.")
-        arguments[key] = _convert(hints[key], value, prefix + key)
-    return cls(**arguments)
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    if is_dataclass(kind):
-        return _build(kind, value, name + ".")
-    if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if kind in (int, str, bool) and type(value) is kind:
-        return value
-    if kind == tuple[str, ...] and isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-        return tuple(value)
-    raise ConfigError(f"{name} must be {_kind_name(kind)}, but is {value!r}.")
-
-
-def _as_plain(node: Any) -> Any:
-    if is_dataclass(node):
-        return {f.name: _as_plain(getattr(node, f.name)) for f in fields(node)}
-    return list(node) if isinstance(node, tuple) else node

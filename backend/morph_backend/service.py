@@ -19,7 +19,7 @@ from morph_backend.open_request import End, OpenRequest, OpenRequests, Output, T
 from morph_backend.outputs import sentence
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.responder import UNHEALTHY, Responder
-from morph_backend.run_control import RunControl, check_key
+from morph_backend.run_control import MODE, RunControl, check_key
 from morph_backend.rungs import RungShares
 from morph_backend.senders import SenderPool
 from morph_backend.vocabulary import check_prompt, spell_bad_words
@@ -205,8 +205,10 @@ class Service:
 
     def _control(self, channel: ResponseChannel, control: RunControl) -> None:
         """Do what the administrator asks for."""
-        assert self._engine is not None
+        assert self._engine is not None and self._info is not None
         check_key(control.key, self._admin_key)
+        if self._info.pin:
+            raise RequestError(MODE, f"has no effect: MORPH_PIN={self._info.pin} keeps the server at one level.")
         self._engine.set_mode(control.mode, control.cap)
         logging.getLogger(__name__).warning("the administrator has set: %s", control)
         channel.send([sentence(str(control))], final=True)

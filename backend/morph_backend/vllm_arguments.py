@@ -17,6 +17,7 @@ from morph_runtime.errors import ConfigError
 SAME: Mapping[str, tuple[str, str]] = {
     "model": ("model", "path"),
     "dtype": ("model", "dtype"),
+    "load_format": ("model", "load_format"),
     "max_model_len": ("model", "max_model_len"),
     "max_num_seqs": ("scheduler", "max_num_seqs"),
     "max_num_batched_tokens": ("scheduler", "max_num_batched_tokens"),
@@ -49,7 +50,6 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
     "trust_remote_code": (False,),
     "quantization": (None,),
     "kv_cache_dtype": ("auto",),
-    "load_format": ("auto", "safetensors"),
     "tokenizer_mode": ("auto",),
     "revision": (None,),
     "tokenizer_revision": (None,),
@@ -59,7 +59,11 @@ ONLY: Mapping[str, tuple[Any, ...]] = {
 }
 """Names whose values here ask for what is done anyway; other values ask for what this engine has not."""
 
-_DTYPES = {"float": "float32", "half": "float16"}
+_VALUES: Mapping[str, Mapping[Any, str]] = {
+    "dtype": {"float": "float32", "half": "float16"},
+    "load_format": {"safetensors": "auto"},
+}
+"""What vLLM calls a value otherwise, by argument."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def translate(values: Any, gpu_bytes: Callable[[], int]) -> Translated:
         if key in SAME:
             if value is not None:
                 section, name = SAME[key]
-                _put(tree, section, name, _DTYPES.get(value, value) if key == "dtype" else value, key)
+                _put(tree, section, name, _same_value(key, value), key)
         elif key in ONLY:
             _check_only(key, value)
         elif key not in HARMLESS:
@@ -114,6 +118,10 @@ def translate(values: Any, gpu_bytes: Callable[[], int]) -> Translated:
 def _is_vllms(key: str, value: Any, sections: set[str]) -> bool:
     """Only `model` is a name in both: vLLM's is a text, ours an object."""
     return isinstance(value, str) if key == "model" else key not in sections
+
+
+def _same_value(key: str, value: Any) -> Any:
+    return _VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value
 
 
 def _put(tree: dict[str, Any], section: str, name: str, value: Any, key: str) -> None:

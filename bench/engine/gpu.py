@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import itertools
 
-from random_model import SHAPES, open_random, write_folder
+from random_model import SHAPES, write_folder
 
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
@@ -40,11 +40,11 @@ class Driver:
         self._key = 0
         self._random = random.Random(seed)
 
-    def submit(self, prompt_len: int, output_len: int) -> int:
-        """One greedy request of random tokens that runs to its limit."""
+    def submit(self, prompt_len: int, output_len: int, **choice: float) -> int:
+        """One request of random tokens that runs to its limit; greedy unless `choice` (SamplingParams) says else."""
         self._key += 1
         prompt = [self._random.randrange(self.engine.parts.spec.vocab) for _ in range(prompt_len)]
-        sampling = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(**{"temperature": 0.0, **choice}, max_tokens=output_len, ignore_eos=True)  # type: ignore[arg-type]
         self.engine.submit(Submit(key=self._key, prompt=prompt, sampling=sampling, arrival_s=time.monotonic()))
         return self._key
 
@@ -68,10 +68,10 @@ def quantile(values: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
 
 
-def decode(driver: Driver, batch: int, prompt: int, output: int) -> dict[str, float]:
+def decode(driver: Driver, batch: int, prompt: int, output: int, **choice: float) -> dict[str, float]:
     """A static batch: inter-token latency while all of it decodes."""
     for _ in range(batch):
-        driver.submit(prompt, output)
+        driver.submit(prompt, output, **choice)
     steps = driver.run()
     full = [(at, n) for at, n in steps if n == batch]
     gaps = [(b[0] - a[0]) * 1e3 for a, b in itertools.pairwise(full)][2:]
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=24.0, help="GiB")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--ladder", default="w8,w4")
-    parser.add_argument("--phases", default="decode,prefill,shift,paced,trace")
+    parser.add_argument("--phases", default="decode,prefill,sampled,shift,paced,trace")
     parser.add_argument("--batches", default="1,8,32,64,128,256")
     parser.add_argument("--rungs", default="full,w8,w4")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, JSON")
@@ -215,10 +215,11 @@ def main() -> None:
     given = parser.parse_args()
     folder = write_folder(given.shape, Path(tempfile.mkdtemp()))
     settings: dict[str, Any] = {
-        "device": "cuda", "model": {"path": str(folder), "dtype": "bfloat16", "max_model_len": given.max_model_len},
+        "device": "cuda", "model": {"path": str(folder), "dtype": "bfloat16", "max_model_len": given.max_model_len,
+                                    "load_format": "dummy"},
         "memory": {"budget_gib": given.budget}, "cache": {"prefix": False},
         "scheduler": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
-        "morph": {"mode": "off", "ladder": given.ladder.split(",")},
+        "morph": {"mode": "off", "ladder": given.ladder.split(","), "costs": "off"},
     }  # fmt: skip
     for item in given.set:
         name, value = item.split("=", 1)
@@ -226,7 +227,7 @@ def main() -> None:
         (settings.setdefault(section[0], {}) if section else settings)[field] = json.loads(value)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     began = time.monotonic()
-    engine = build_engine(EngineConfig.from_mapping(settings), opener=open_random)
+    engine = build_engine(EngineConfig.from_mapping(settings))
     driver, parts = Driver(engine), engine.parts
     layers = parts.spec.layers
     result: dict[str, Any] = {"shape": given.shape, "gpu": torch.cuda.get_device_name(), "settings": settings}
@@ -245,9 +246,16 @@ def main() -> None:
                 rows["decode"].append(decode(driver, batch, 128, 128 if batch < 256 else 112))
                 print(rung, json.dumps(rows["decode"][-1]), flush=True)
         if "prefill" in given.phases:
-            for tokens in (2048, min(8192, given.max_model_len - 8)):
+            for tokens in sorted({min(n, given.max_model_len - 8) for n in (2048, 8192)}):
                 rows["prefill"].append(prefill(driver, tokens))
                 print(rung, json.dumps(rows["prefill"][-1]), flush=True)
+    if "sampled" in given.phases:  # drawn on the GPU; by the host's sampler, which waits for it
+        engine.set_level(0)
+        choices: dict[str, dict[str, float]] = {
+            "temperature": {"temperature": 1.0}, "top_p": {"temperature": 1.0, "top_p": 0.9},
+        }  # fmt: skip
+        result["sampled"] = {name: decode(driver, 64, 128, 64, **choice) for name, choice in choices.items()}
+        print("sampled", json.dumps(result["sampled"]), flush=True)
     if "shift" in given.phases:
         engine.set_level(0)
         walks = [layers, 0, layers, 0, len(parts.capacities) - 1, 0]

@@ -2,7 +2,9 @@
 
     python bench/openai/overhead.py --url localhost:8001 --openai-url http://localhost:9000 --out result.json
 
-Both servers must be running. Both ways are asked from this one process, so its own work counts in both.
+Both servers must be running. Both ways are asked from this one process, so its own work counts in both. With
+`--endpoint-pid` the processor time of the endpoint, its workers included, is read too: other work on the machine
+changes that least of all.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from morph_client import AsyncMorphClient, SamplingParams
 
@@ -32,6 +35,8 @@ class Round:
     tokens_per_s: float
     ttft_p50_ms: float
     ttft_p95_ms: float
+    endpoint_cpu_us_per_token: float | None
+    """Processor time of the endpoint; only by the way through it, and if its process id is known."""
 
 
 async def by_grpc(client: AsyncMorphClient, tokens: int) -> tuple[float, int]:
@@ -62,8 +67,19 @@ async def by_openai(client: httpx.AsyncClient, tokens: int) -> tuple[float, int]
 Ask = Callable[[], Awaitable[tuple[float, int]]]
 
 
-async def one_round(way: str, ask: Ask, streams: int, requests: int, spread_s: float) -> Round:
+def cpu_seconds(pid: int | None) -> float:
+    """Processor time of a process and those it has started, so far; 0 without one."""
+    if pid is None:
+        return 0.0
+    process = psutil.Process(pid)
+    times = [each.cpu_times() for each in (process, *process.children(recursive=True))]
+    return sum(spent.user + spent.system for spent in times)
+
+
+async def one_round(way: str, ask: Ask, given: argparse.Namespace) -> Round:
     """All clients of one round."""
+    streams, requests, spread_s = given.streams, given.requests, given.spread
+    pid = given.endpoint_pid if way == "openai" else None
     firsts: list[float] = []
 
     async def client(number: int) -> int:
@@ -75,12 +91,13 @@ async def one_round(way: str, ask: Ask, streams: int, requests: int, spread_s: f
             count += tokens
         return count
 
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), cpu_seconds(pid)
     total = sum(await asyncio.gather(*(client(number) for number in range(streams))))
     took = time.perf_counter() - began
     firsts.sort()
     p95 = firsts[int(0.95 * (len(firsts) - 1))]
-    return Round(way, total / took, statistics.median(firsts) * 1e3, p95 * 1e3)
+    cpu_us = None if pid is None else (cpu_seconds(pid) - spent) / total * 1e6
+    return Round(way, total / took, statistics.median(firsts) * 1e3, p95 * 1e3, cpu_us)
 
 
 async def measure(given: argparse.Namespace) -> list[Round]:
@@ -97,17 +114,18 @@ async def measure(given: argparse.Namespace) -> list[Round]:
         }
         for number in range(given.rounds + 1):
             for way in sorted(asks, reverse=bool(number % 2)):
-                result = await one_round(way, asks[way], given.streams, given.requests, given.spread)
+                result = await one_round(way, asks[way], given)
                 if number:
                     found.append(result)
     return found
 
 
-def summary(rounds: list[Round]) -> dict[str, float]:
+def summary(rounds: list[Round]) -> dict[str, float | None]:
     """Medians of the rounds, and what the endpoint costs."""
     of = {way: [r for r in rounds if r.way == way] for way in ("grpc", "openai")}
     rate = {way: statistics.median(r.tokens_per_s for r in found) for way, found in of.items()}
     first = {way: statistics.median(r.ttft_p50_ms for r in found) for way, found in of.items()}
+    cpu = [r.endpoint_cpu_us_per_token for r in of["openai"] if r.endpoint_cpu_us_per_token is not None]
     return {
         "grpc_tokens_per_s": round(rate["grpc"], 1),
         "openai_tokens_per_s": round(rate["openai"], 1),
@@ -115,6 +133,7 @@ def summary(rounds: list[Round]) -> dict[str, float]:
         "grpc_ttft_p50_ms": round(first["grpc"], 2),
         "openai_ttft_p50_ms": round(first["openai"], 2),
         "ttft_p50_added_ms": round(first["openai"] - first["grpc"], 2),
+        "endpoint_cpu_us_per_token": round(statistics.median(cpu), 1) if cpu else None,
     }
 
 
@@ -128,6 +147,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=3, help="of each stream, one after the other")
     parser.add_argument("--spread", type=float, default=6.0, help="seconds over which the streams begin")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--endpoint-pid", type=int, help="of morph openai, on this machine")
     parser.add_argument("--note", default="", help="what machine and which server this was")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()

@@ -1,6 +1,7 @@
-"""The asyncio client, on ``tritonclient.grpc.aio``. For one event loop: the one it is first used in.
+"""The asyncio client, on ``tritonclient``'s messages and stubs. For one event loop: the one it is first used in.
 
-As in the blocking client, each request is a gRPC stream of its own on a shared HTTP/2 connection.
+As in the blocking client, each request is a gRPC stream of its own on a shared HTTP/2 connection. The stubs are called
+themselves, not through ``tritonclient.grpc.aio``: its iterators and result objects cost a tenth of the work per token.
 """
 
 from __future__ import annotations
@@ -12,8 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
-import tritonclient.grpc.aio as triton
-from tritonclient.utils import InferenceServerException
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from morph_client import prometheus, wire
 from morph_client.address import DEFAULT_URL, grpc_target, metrics_url_for
@@ -43,11 +43,7 @@ class AsyncTokenStream:
     async def __anext__(self) -> Chunk:
         while self._is_open():
             try:
-                result, refusal = await anext(self._call)
-            except StopAsyncIteration:
-                self._closed = True
-                self._reader.check_complete()
-                raise
+                response = await self._call.read()
             except asyncio.CancelledError:
                 # gRPC raises this for a cancelled call as well as for a cancelled task; only the task's must go on.
                 if not self._is_open():
@@ -60,10 +56,14 @@ class AsyncTokenStream:
             except grpc.RpcError as error:
                 self._closed = True
                 raise from_status(error.code().name, error.details(), self._url) from None
-            if refusal is not None:
+            if response is grpc.aio.EOF:
+                self._closed = True
+                self._reader.check_complete()
+                break
+            if response.error_message:
                 self.close()
-                raise from_message(_words(refusal))
-            chunk = self._reader.read(result.get_response())
+                raise from_message(response.error_message)
+            chunk = self._reader.read(response.infer_response)
             if chunk is not None:
                 return chunk
         raise StopAsyncIteration
@@ -117,21 +117,23 @@ class AsyncMorphClient:
         self.url = grpc_target(url)
         self.metrics_url = metrics_url or metrics_url_for(self.url)
         self.model = model
-        self._headers = {**(headers or {}), wire.STATUS_HEADER[0]: wire.STATUS_HEADER[1]}
+        self._metadata = (*(headers or {}).items(), wire.STATUS_HEADER)
         self._connections = connections
         self._credentials = credentials
-        self._clients: list[Any] = []
+        self._channels: list[Any] = []
         self._turn: Iterator[Any] = iter(())
 
-    def _client(self) -> Any:
+    def _stub(self) -> Any:
         # Made at first use, not in the constructor: a gRPC channel belongs to the loop that runs at its birth.
-        if not self._clients:
+        if not self._channels:
             options = wire.channel_options(own_connection=self._connections > 1)
-            self._clients = [
-                triton.InferenceServerClient(self.url, creds=self._credentials, channel_args=options)
+            self._channels = [
+                grpc.aio.insecure_channel(self.url, options)
+                if self._credentials is None
+                else grpc.aio.secure_channel(self.url, self._credentials, options)
                 for _ in range(self._connections)
             ]
-            self._turn = itertools.cycle(self._clients)
+            self._turn = itertools.cycle(service_pb2_grpc.GRPCInferenceServiceStub(c) for c in self._channels)
         return next(self._turn)
 
     def stream(
@@ -162,9 +164,7 @@ class AsyncMorphClient:
             slo_class=slo_class,
             details=details,
         )
-        call = self._client().stream_infer(
-            _once(request.to_triton_kwargs()), stream_timeout=deadline_s, headers=self._headers
-        )
+        call = self._stub().ModelStreamInfer(_once(request.to_message()), timeout=deadline_s, metadata=self._metadata)
         return AsyncTokenStream(call, request.request_id, self.url)
 
     async def generate(
@@ -199,9 +199,10 @@ class AsyncMorphClient:
 
     async def server_ready(self, timeout_s: float = 2.0) -> bool:
         """Whether the model takes requests. False as well when no server answers within ``timeout_s`` seconds."""
+        request = service_pb2.ModelReadyRequest(name=self.model)
         try:
-            return bool(await self._client().is_model_ready(self.model, client_timeout=timeout_s))
-        except InferenceServerException:
+            return bool((await self._stub().ModelReady(request, timeout=timeout_s, metadata=self._metadata)).ready)
+        except grpc.RpcError:
             return False
 
     async def metrics(self, timeout_s: float = 5.0) -> prometheus.Metrics:
@@ -210,9 +211,9 @@ class AsyncMorphClient:
 
     async def close(self) -> None:
         """Closes the connections; requests in flight are cancelled on the server. May be repeated."""
-        clients, self._clients = self._clients, []
-        for client in clients:
-            await client.close()
+        channels, self._channels = self._channels, []
+        for channel in channels:
+            await channel.close()
 
     async def __aenter__(self) -> AsyncMorphClient:
         return self
@@ -223,9 +224,5 @@ class AsyncMorphClient:
         await self.close()
 
 
-async def _once(kwargs: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-    yield kwargs
-
-
-def _words(refusal: InferenceServerException) -> str:
-    return refusal.message() or ""
+async def _once(message: Any) -> AsyncIterator[Any]:
+    yield message

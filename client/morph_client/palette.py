@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 RUNGS = ("full", "w8", "w4")
 RUNG_OF_BITS = {16: "full", 8: "w8", 4: "w4"}
-RUNG_STYLE = {"full": "#4a86c5", "w8": "#d9a441", "w4": "#cf6a4c"}
+RUNG_STYLE = {"full": "#4a86c5", "w8": "#b98414", "w4": "#cf6a4c"}
 # Told apart without colour too: in a log, on paper, by a colour-blind reader.
 RUNG_GLYPH = {"full": "█", "w8": "▓", "w4": "░"}
 RUNG_LETTER = {"full": "F", "w8": "8", "w4": "4"}
 
 ACCENT = "#2a9d9f"
 MUTED = "#8a94a0"
-WARN = "#d9a441"
+WARN = "#b98414"
 BAD = "#cf6a4c"
 
 

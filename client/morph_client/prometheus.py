@@ -127,6 +127,8 @@ def scrape(url: str, timeout_s: float = 5.0, prefixes: tuple[str, ...] = ("",)) 
         raise BadInput(f"'{url}' is not the address of a metrics page: write http://host:port/metrics") from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(error, http.client.BadStatusLine):  # it holds what came, such as the bytes of gRPC
+            reason = "what answers there does not speak HTTP/1"
         raise ServerUnavailable(
             f"no metrics page answers at {url} ({reason}): is the server running, and is that its metrics port?"
         ) from None

@@ -51,6 +51,8 @@ class ServerState:
     tokens_by_rung: dict[str, float]
     ttft: Histogram | None
     tpot: Histogram | None
+    ttft_slo_s: float | None
+    """The time to first token that the controller defends, seconds."""
 
     @property
     def queued(self) -> float:
@@ -102,6 +104,7 @@ class ServerState:
             tokens_by_rung=metrics.by_label("morph_tokens_total", "rung", model=model),
             ttft=metrics.histogram("vllm:time_to_first_token_seconds", model=model),
             tpot=metrics.histogram("vllm:time_per_output_token_seconds", model=model),
+            ttft_slo_s=metrics.get("morph_ttft_slo_seconds", model=model),
         )
 
 

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from tritonclient.grpc import InferInput, service_pb2
+from tritonclient.grpc import service_pb2
 
 from morph_client.errors import InvalidRequest, ServerError
 from morph_client.types import Chunk, OutputChunk, RungShare, SamplingParams, TokenLogprob
@@ -26,11 +25,12 @@ _ALWAYS_ASKED = ("return_finish_reason", "return_num_input_tokens", "return_num_
 _DETAILS = ("return_morph_level", "return_rung_share", "return_num_cached_tokens")
 _SCORES = ("return_logprobs",)
 _PROMPT_SCORES = ("return_prompt_logprobs",)
+_NULL = b"null"
 
 
 @dataclass(frozen=True)
 class Request:
-    """One checked request, ready to be sent by either client."""
+    """One checked request; either client sends its message."""
 
     model: str
     request_id: str
@@ -61,26 +61,6 @@ class Request:
         for name, text in self.settings:
             message.parameters[name].string_param = text
         return message
-
-    def to_triton_kwargs(self) -> dict[str, Any]:
-        """As the dictionary that ``tritonclient.grpc.aio`` takes for one request of a stream."""
-        inputs = []
-        for name, text in self.texts:
-            tensor = InferInput(name, [1], "BYTES")
-            tensor.set_data_from_numpy(np.array([text.encode()], dtype=object))
-            inputs.append(tensor)
-        for name in self.flags:
-            tensor = InferInput(name, [1], "BOOL")
-            tensor.set_data_from_numpy(np.array([True]))
-            inputs.append(tensor)
-        return {
-            "model_name": self.model,
-            "inputs": inputs,
-            "request_id": self.request_id,
-            "priority": self.priority,
-            "timeout": self.timeout_us,
-            "parameters": None if self.slo_class is None else {"slo_class": self.slo_class},
-        }
 
 
 def build_request(
@@ -147,14 +127,14 @@ def decode(message: Any, arrival_s: float) -> Chunk | None:
     if not message.outputs:
         return None
     try:
-        found = {tensor.name: _values(message, i) for i, tensor in enumerate(message.outputs)}
+        found = _tensors(message)
         first, *more = _outputs(found)
         return Chunk(
             **vars(first),
             num_input_tokens=_first(found.get("num_input_tokens"), None),
             arrival_s=arrival_s,
             num_cached_tokens=_first(found.get("num_cached_tokens"), None),
-            prompt_logprobs=_prompt_logprobs(_first(found.get("prompt_logprobs"), b"null")),
+            prompt_logprobs=_prompt_logprobs(_first(found.get("prompt_logprobs"), _NULL)),
             more=tuple(more),
         )
     except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:
@@ -201,20 +181,27 @@ def _outputs(found: dict[str, Sequence[Any]]) -> list[OutputChunk]:
                 levels=levels[at : at + count],
                 rung_share=_rung_share(share) if share else None,
                 finish_reason=None if reason in ("None", "") else reason,
-                logprobs=_logprobs(scores or b"null"),
+                logprobs=_logprobs(scores or _NULL),
             )
         )
         at += count
     return outputs
 
 
-def _values(message: Any, index: int) -> Sequence[Any]:
-    tensor = message.outputs[index]
-    if index < len(message.raw_output_contents):
-        return _unpack(tensor.datatype, message.raw_output_contents[index])
-    contents = tensor.contents
-    by_type = {"BYTES": contents.bytes_contents, "UINT32": contents.uint_contents, "INT32": contents.int_contents}
-    return list(by_type[tensor.datatype])
+def _tensors(message: Any) -> dict[str, Sequence[Any]]:
+    """The values of each output by its name."""
+    raws = message.raw_output_contents
+    found: dict[str, Sequence[Any]] = {}
+    for index, tensor in enumerate(message.outputs):
+        if index < len(raws):
+            found[tensor.name] = _unpack(tensor.datatype, raws[index])
+        else:
+            contents = tensor.contents
+            by_type = {
+                "BYTES": contents.bytes_contents, "UINT32": contents.uint_contents, "INT32": contents.int_contents
+            }  # fmt: skip
+            found[tensor.name] = list(by_type[tensor.datatype])
+    return found
 
 
 def _unpack(datatype: str, raw: bytes) -> Sequence[Any]:
@@ -236,10 +223,12 @@ def _first(values: Sequence[Any] | None, default: Any) -> Any:
 
 
 def _logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...], ...]:
-    return tuple(_ranked(at) for at in json.loads(raw) or ())
+    return () if raw == _NULL else tuple(_ranked(at) for at in json.loads(raw) or ())
 
 
 def _prompt_logprobs(raw: bytes) -> tuple[tuple[TokenLogprob, ...] | None, ...]:
+    if raw == _NULL:
+        return ()
     return tuple(None if at is None else _ranked(at) for at in json.loads(raw) or ())
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -15,7 +16,7 @@ from morph_runtime.engine.core import Engine, EngineParts
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import cpu_threads, engine_variables
 from morph_runtime.engine.intake import Intake
-from morph_runtime.engine.opening import OpenModel, open_checkpoint, open_pack
+from morph_runtime.engine.opening import OpenModel, open_checkpoint, open_dummy, open_pack
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape
 from morph_runtime.kernels.kv_format import FORMATS, KVFormat
@@ -34,7 +35,18 @@ from morph_runtime.weights.spec import ModelSpec
 CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
 """What a GPU needs besides PyTorch: distribution and top-level module."""
 
-Opener = Callable[[EngineConfig, torch.device], OpenModel]
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """An engine before any memory is taken; on a GPU `ledger` is a first estimate, measured anew when all is built."""
+
+    device: EngineDevice
+    model: OpenModel
+    kv_format: KVFormat
+    layout: KVLayout
+    ledger: Ledger
+    max_model_len: int
+    """Tokens, prompt and output."""
 
 
 def _importable(module: str) -> bool:
@@ -52,61 +64,70 @@ def open_model(config: EngineConfig, device: torch.device) -> OpenModel:
         ConfigError: it cannot be served; the text says why.
     """
     folder = resolve_model_folder(config.model.path)
+    if config.model.load_format == "dummy":
+        return open_dummy(config, folder, device)
     return open_pack(config, folder, device) if is_pack(folder) else open_checkpoint(config, folder, device)
 
 
-def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None, opener: Opener = open_model) -> Engine:
+def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> Engine:
     """An engine that is ready to step.
 
     Args:
         config: validated settings.
         wake: called from another thread when a layer's bytes are ready.
-        opener: opens the model (benchmarks open one with random weights).
 
     Raises:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
-    parts, plan = build_parts(config, wake, opener)
-    if config.morph.pin:  # nothing is ever decided, so nothing needs to be predicted
-        engine = Engine(parts)
-        engine.set_level(plan.level_of(config.morph.pin))
-        return engine
-    costs = find_costs(parts, plan, resolve_model_folder(config.model.path))
-    if costs is not None:
-        parts.controller.use_costs(costs, config.scheduler.max_num_batched_tokens)
-    return Engine(replace(parts, costs=costs))
+    with ExitStack() as undo:  # gives memory and threads back if it raises half-way
+        parts, plan = _assemble(config, wake, undo)
+        if config.morph.pin:  # nothing is ever decided, so nothing needs to be predicted
+            engine = Engine(parts)
+            engine.set_level(plan.level_of(config.morph.pin))
+        else:
+            costs = find_costs(parts, plan, resolve_model_folder(config.model.path))
+            if costs is not None:
+                parts.controller.use_costs(costs, config.scheduler.max_num_batched_tokens)
+            engine = Engine(replace(parts, costs=costs))
+        undo.pop_all()
+    return engine
 
 
-def build_parts(
-    config: EngineConfig, wake: Callable[[], None] = lambda: None, opener: Opener = open_model
-) -> tuple[EngineParts, LevelPlan]:
+def build_parts(config: EngineConfig, wake: Callable[[], None] = lambda: None) -> tuple[EngineParts, LevelPlan]:
     """The parts of an engine, without its costs, and its levels; arguments and errors as of `build_engine`."""
+    with ExitStack() as undo:
+        parts = _assemble(config, wake, undo)
+        undo.pop_all()
+    return parts
+
+
+def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -> tuple[EngineParts, LevelPlan]:
     for name, value in engine_variables(config).items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(cpu_threads(config))
     folder = resolve_model_folder(config.model.path)
-    device = open_device(config)
-    model = opener(config, device.torch_device)
+    planned = plan_engine(config)
+    device, model, kv_format, layout = planned.device, planned.model, planned.kv_format, planned.layout
+    ledger, max_model_len = planned.ledger, planned.max_model_len
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
     block_tokens = config.memory.block_tokens
-    kv_format = FORMATS[config.memory.kv_dtype](slots.dtype)
-    layout = _kv_layout(config, spec, kv_format, device)
-
-    ledger = _cut_budget(config, model, layout, kv_format, device)
-    max_model_len = _max_model_len(config, spec, ledger.kv_blocks_at_level(0) * block_tokens)
     arena = device.arena(ledger, config)
+    undo.callback(arena.close)
     static_range = arena.reserve("static", static.static_bytes)
     arena.map(static_range, 0, static_range.extents)
     static_slot = arena.tensor(static_range, 0, (static.static_bytes,), torch.uint8)
     device.fill_static(model, static_slot)
-    swapper = LayerSwapper(arena, slots, plan.order, slots.rungs, device.filler(config, model), wake)
+    filler = device.filler(config, model)
+    undo.callback(filler.close)
+    swapper = LayerSwapper(arena, slots, plan.order, slots.rungs, filler, wake)
     swapper.load()
     bound = replace(ledger, total_extents=ledger.budget_bytes // ledger.extent_bytes)  # as if all were arena
-    cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv)
+    cache = KVCache(arena, layout, bound.kv_blocks_at_level(plan.max_level), device.zeroes_kv, device.send_pairs)
     cache.grow(1)
     runner = device.runner(
         RunnerParts(config, model, arena, static.bind(static_slot), cache, kv_format, swapper, max_model_len)
     )
+    undo.callback(runner.close)
 
     ledger = device.fit(ledger, arena)
     capacities = tuple(ledger.kv_blocks_at_level(level) for level in range(plan.max_level + 1))
@@ -145,6 +166,29 @@ def build_parts(
         gpu_used_share=device.memory_used_share,
     )
     return parts, plan
+
+
+def plan_engine(config: EngineConfig) -> EnginePlan:
+    """What an engine would be made of: the model is opened and the budget cut, but no memory taken.
+
+    Raises:
+        ConfigError: the model, the device or the budget does not fit; one sentence for the user.
+    """
+    device = open_device(config)
+    model = open_model(config, device.torch_device)
+    check_context(config, model.spec)
+    kv_format = FORMATS[config.memory.kv_dtype](model.slots.dtype)
+    layout = _kv_layout(config, model.spec, kv_format, device)
+    ledger = _cut_budget(config, model, layout, kv_format, device)
+    max_model_len = _max_model_len(config, model.spec, ledger.kv_blocks_at_level(0) * config.memory.block_tokens)
+    return EnginePlan(device, model, kv_format, layout, ledger, max_model_len)
+
+
+def check_context(config: EngineConfig, spec: ModelSpec) -> None:
+    """Raises ConfigError if a longer context is asked for than the model has."""
+    asked = config.model.max_model_len
+    if asked > spec.max_positions:
+        raise ConfigError(f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens.")
 
 
 def open_device(config: EngineConfig) -> EngineDevice:
@@ -215,11 +259,9 @@ def _max_model_len(config: EngineConfig, spec: ModelSpec, base_tokens: int) -> i
     """Tokens per request: what was asked for or the model's limit, within base KV capacity.
 
     Raises:
-        ConfigError: more was asked for than the model or the base KV capacity holds.
+        ConfigError: more was asked for than the base KV capacity holds.
     """
     asked = config.model.max_model_len
-    if asked > spec.max_positions:
-        raise ConfigError(f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens.")
     if asked > base_tokens:
         raise ConfigError(
             f"model.max_model_len is {asked}, but the KV cache at full precision holds {base_tokens} tokens: "

@@ -113,7 +113,7 @@ class EngineClient:
         except TimeoutError:
             self._kill()
             raise EngineDown(f"The engine was not ready within {timeout_s:g} s.") from None
-        except EngineDown:
+        except (EngineDown, OSError):  # it has ended, or `close` has taken the socket away meanwhile
             first = None
         if isinstance(first, EngineInfo):
             self._reader_thread = threading.Thread(target=self._read, args=(reader,), name="engine-reader", daemon=True)

@@ -300,7 +300,9 @@ class Engine:
             now, self.level, self._parts.pool.num_used, self._parts.scheduler, self._queue, settings.signal_stale_s,
             self._gpu_used_share, 1.0 if self._correction is None else self._correction.ratio(self.level),
         )  # fmt: skip
-        shifter.target = self._parts.controller.decide(load)
+        level = self._parts.controller.decide(load)
+        # To stay is to stop where the layers under way will have changed, not to change them back.
+        shifter.target = shifter.begun if level == load.level else level
         self._next_decision_s = now + max(settings.interval_s, self._parts.controller.pause_s)
 
     # -- what others may know ------------------------------------------------------------------------------------
@@ -337,6 +339,7 @@ class Engine:
             ladder=list(parts.config.morph.ladder),
             budget_bytes=parts.ledger.budget_bytes,
             start_s=start_s,
+            pin=parts.config.morph.pin,
         )
 
     def stats(self) -> EngineStats:
@@ -350,7 +353,7 @@ class Engine:
         return EngineStats(
             at_s=time.monotonic(),
             level=self.level,
-            mode=parts.controller.mode,
+            mode="off" if parts.config.morph.pin else parts.controller.mode,
             layer_bits=[RUNG_BITS[r] for r in parts.swapper.rungs],
             kv_blocks_capacity=parts.pool.capacity,
             kv_blocks_used=parts.pool.num_used,

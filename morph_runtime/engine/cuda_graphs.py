@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
@@ -68,7 +69,12 @@ class GraphSet:
         with torch.cuda.stream(stream):
             try:
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                work()
+                try:
+                    work()
+                except BaseException:
+                    with suppress(RuntimeError):  # it may have ended; the first error is the one to see
+                        graph.capture_end()
+                    raise
                 graph.capture_end()
             finally:
                 if collecting:

@@ -8,6 +8,7 @@ is left of the budget.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet, graph_sizes
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.engine.cuda_runner import CudaRunner
+from morph_runtime.engine.cuda_send import PairSender
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import cpu_threads
 from morph_runtime.engine.opening import OpenModel
@@ -82,6 +84,7 @@ class CudaDevice(EngineDevice):
         torch.cuda.set_stream(self._stream)
         self._order = StreamOrder(self._stream)
         self._is_whole = False
+        self._pairs = PairSender(self._device)
 
     @property
     def torch_device(self) -> torch.device:
@@ -102,6 +105,10 @@ class CudaDevice(EngineDevice):
     def zeroes_kv(self) -> bool:
         """The kernels mask what they load."""
         return False
+
+    def send_pairs(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """See `EngineDevice.send_pairs`; past the copies of layers."""
+        return self._pairs.send(pairs)
 
     def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
         """Its kernels read the type of the activations and, where the GPU converts it, float8; no scales."""

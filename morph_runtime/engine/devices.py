@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,10 @@ class EngineDevice(ABC):
     @abstractmethod
     def zeroes_kv(self) -> bool:
         """Whether attention reads slots that nothing was written to."""
+
+    def send_pairs(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Pairs of numbers as a tensor on the device, int64 [pairs, 2]."""
+        return torch.tensor(pairs, device=self.torch_device)
 
     @abstractmethod
     def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:

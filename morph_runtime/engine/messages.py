@@ -132,7 +132,8 @@ ToEngine = Start | Submit | Cancel | QueueSignal | SetMode | Drain
 class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     """Sent once, when the engine is ready.
 
-    `kv_dtype` is what the KV cache stores: `bfloat16`, `float32`, `fp8` or `int8`.
+    `kv_dtype` is what the KV cache stores: `bfloat16`, `float32`, `fp8` or `int8`. `pin` is the rung that it serves at
+    from start to end; empty: the controller decides.
     """
 
     model: str
@@ -151,6 +152,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     ladder: list[str]
     budget_bytes: int
     start_s: float
+    pin: str = ""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

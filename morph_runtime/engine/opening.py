@@ -1,4 +1,4 @@
-"""Opens the weights that the settings name: a checkpoint as it is, or a pack of one."""
+"""Opens the weights that the settings name: a checkpoint as it is, a pack of one, or random ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from morph_runtime.morph.levels import LevelPlan
 from morph_runtime.pack.reader import PackReader
 from morph_runtime.profile.order_file import resolve_order
 from morph_runtime.weights.awq import AwqCheckpoint
+from morph_runtime.weights.dummy import DummyBytes, check_no_weights
 from morph_runtime.weights.packed import PackedBytes
 from morph_runtime.weights.reader import CheckpointReader
 from morph_runtime.weights.slots import LayerSlots
@@ -100,6 +101,23 @@ def open_pack(config: EngineConfig, folder: Path, device: torch.device = CPU) ->
         pack.close()
         raise
     return OpenModel(spec, slots, static, LevelPlan(order, rungs[1:]), pack)
+
+
+def open_dummy(config: EngineConfig, folder: Path, device: torch.device = CPU) -> OpenModel:
+    """Random weights in the shapes of a folder's config.json.
+
+    Raises:
+        ConfigError: that cannot be read or served, or the settings name weights.
+    """
+    check_no_weights(config.model.awq_path, config.model.pack_source)
+    spec, reader = ModelSpec.from_folder(folder), DummyBytes(device)
+    slots = LayerSlots(spec, reader, dtype_of(config), _rungs(config), device, forced_kernels(config))
+    static = StaticWeights(spec, reader, slots.dtype)
+    reader.attach(slots, static)
+    order = resolve_order(
+        config.morph.order, lambda: _host_slots(spec, reader, slots.dtype), spec.layers, slots.rungs[-1]
+    )
+    return OpenModel(spec, slots, static, LevelPlan(order, slots.rungs[1:]), reader)
 
 
 def dtype_of(config: EngineConfig) -> torch.dtype:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -27,7 +27,14 @@ class KVCache:
         max_blocks: blocks with addresses, `max_blocks` rounded up to whole quanta.
     """
 
-    def __init__(self, arena: PageArena, layout: KVLayout, max_blocks: int, zeroed: bool = True) -> None:
+    def __init__(
+        self,
+        arena: PageArena,
+        layout: KVLayout,
+        max_blocks: int,
+        zeroed: bool = True,
+        send: Callable[[Sequence[tuple[int, int]]], torch.Tensor] | None = None,
+    ) -> None:
         """Reserve addresses for `max_blocks` blocks; takes no memory.
 
         Args:
@@ -36,6 +43,7 @@ class KVCache:
             max_blocks: blocks that the cache may grow to.
             zeroed: `grow` clears what it maps. Attention that reads slots which nothing was written to, and only
                 then weighs them with 0, needs it: NaN times 0 is NaN. Kernels that mask their loads do not.
+            send: pairs of block ids as a tensor on the device, int64 [pairs, 2]; None: by a plain copy.
 
         Raises:
             ValueError: `max_blocks` is not positive, or the arena has a KV cache already.
@@ -56,6 +64,7 @@ class KVCache:
         self._tensors = [arena.tensor(span, 0, shape, torch.uint8) for span in self._ranges]
         word = next(word for word in WORDS if layout.range_block_bytes % word.itemsize == 0)
         self._words = [tensor.view(self.max_blocks, -1).view(word) for tensor in self._tensors]
+        self._send = send or self._copied
         self._chunk_blocks = max(1, CHUNK_BYTES // layout.range_block_bytes)
 
     def k(self, layer: int) -> torch.Tensor:
@@ -126,8 +135,7 @@ class KVCache:
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy blocks (source, target) in every layer. All are mapped; no id is both source and target."""
         for start in range(0, len(pairs), self._chunk_blocks):
-            part = torch.tensor(pairs[start : start + self._chunk_blocks], device=self._words[0].device)
-            source, target = part.unbind(1)
+            source, target = self._send(pairs[start : start + self._chunk_blocks]).unbind(1)
             for words in self._words:
                 words.index_copy_(0, target, words.index_select(0, source))
 
@@ -144,6 +152,9 @@ class KVCache:
                 part = plane.index_select(0, index[start : start + self._chunk_blocks])
                 result.update(part.cpu().numpy().tobytes())
         return result.digest()
+
+    def _copied(self, pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        return torch.tensor(pairs, device=self._words[0].device)
 
     def _plane(self, number: int) -> torch.Tensor:
         """One plane, uint8 [max_blocks, plane_bytes]."""

@@ -85,6 +85,11 @@ class LevelShifter:
         """A layer is changing, or pages are on their way."""
         return not (self._swapper.is_settled and self._resizer.is_settled)
 
+    @property
+    def begun(self) -> int:
+        """The level once all changes under way have flipped."""
+        return self._begun
+
     def poll(self) -> bool:
         """Flip layers whose bytes are ready, move pages that nothing reads, begin what can begin; True if the level
         has changed."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from morph_runtime.engine.messages import QueueSignal
 from morph_runtime.morph.estimates import Mean, OuterQueue, OutputLengths, Rate
 from morph_runtime.morph.load import Ints, Load, Outer, Running, Typical, Waiting
-from morph_runtime.scheduler import Request, Scheduler
+
+if TYPE_CHECKING:  # the simulator reads its own engine with this, and loads no tensors
+    from morph_runtime.scheduler import Request, Scheduler
 
 PROBED = 8
 """Waiting requests, from the head of the line, that are looked up in the prefix cache at each reading."""
@@ -175,7 +178,7 @@ class LoadReader:
     def _typical(self, residence_s: float) -> Typical:
         prompt, cached = max(self._prompt.value, 1.0), min(self._cached.value, self._prompt.value)
         output = float(self._lengths.left(_one(0), _one(2**40))[0]) if self._lengths.known else self._asked.value
-        shares = self._shares / self._shares.sum() if self._shares.any() else self._shares
+        shares = self._shares / self._shares.sum() if self._shares.any() else np.zeros(0)
         return Typical(
             prompt=prompt,
             cached=cached,

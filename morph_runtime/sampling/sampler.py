@@ -28,10 +28,11 @@ CHUNK_BYTES_ELSEWHERE = 64 << 20
 def workspace_bytes(rows: int, vocab: int, device: torch.device) -> int:
     """Upper bound of the memory that a step's scores and choosing from them take, in bytes.
 
-    Two float32 tensors of all rows: the scores, and raw log probabilities. And the temporaries of one chunk.
+    Two float32 tensors of all rows: the scores, and raw log probabilities; what grammars allow; and the temporaries
+    of one chunk.
     """
     chunk = min(rows, _chunk_rows(vocab, device))
-    return 2 * 4 * rows * vocab + chunk * vocab * TEMPORARY_BYTES_PER_SCORE
+    return (2 * 4 + 1) * rows * vocab + chunk * vocab * TEMPORARY_BYTES_PER_SCORE
 
 
 def _chunk_rows(vocab: int, device: torch.device) -> int:
@@ -79,14 +80,14 @@ class Sampler:
         if structured:
             for i, matcher in structured:
                 matcher.advance(rows[i].sequence.tokens, rows[i].sequence.prompt_len)
-            allowed = self._masks.apply(logits, structured)
+            allowed = self._masks.apply(logits, structured, _chunk_rows(logits.shape[1], self._device))
         # Raw log probabilities are those under the grammar and before all else, as in vLLM.
         raw = self._log_probabilities(logits, scored)
         adjusted = [i for i in special if rows[i].adjusts]
         if adjusted:
             adjust(logits, rows, adjusted, self._eos)
         if adjusted and allowed is not None:
-            rescue(logits, [i for i, _ in structured], allowed)
+            rescue(logits, [i for i, _ in structured], allowed, _chunk_rows(logits.shape[1], self._device))
         tokens: list[int] = logits.argmax(dim=-1).tolist()
         drawn = [i for i, row in enumerate(rows) if row.draws]
         for part in self._chunks(drawn, logits):

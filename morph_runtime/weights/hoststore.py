@@ -29,12 +29,16 @@ class PinnedStore:
         """
         self._slots = slots
         self._layers: dict[tuple[int, Rung], Tensor] = {}
-        for rung, filler in slots.items():
-            for layer in range(num_layers):
-                slot = _whole_pages(filler.slot_bytes(rung))
-                filler.fill(layer, rung, slot)
-                self._pin(slot)
-                self._layers[layer, rung] = slot
+        try:
+            for rung, filler in slots.items():
+                for layer in range(num_layers):
+                    slot = _whole_pages(filler.slot_bytes(rung))
+                    filler.fill(layer, rung, slot)
+                    self._pin(slot)
+                    self._layers[layer, rung] = slot
+        except BaseException:
+            self.close()
+            raise
 
     def find(self, layer: int, rung: Rung) -> Tensor | None:
         """A layer as it lies in its slot, pinned uint8 [slot_bytes]; None if this rung is not kept."""
@@ -56,7 +60,6 @@ class PinnedStore:
         status = int(torch.cuda.cudart().cudaHostRegister(slot.data_ptr(), slot.nbytes, 0))
         if status:
             pinned = sum(kept.nbytes for kept in self._layers.values()) / 2**30
-            self.close()
             raise ConfigError(
                 f"Host memory for the weights could not be pinned after {pinned:.1f} GiB (CUDA error {status}): raise "
                 "the memory or memlock limit of this process."

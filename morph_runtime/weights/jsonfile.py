@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,10 @@ class Fields:
         value = self._values.get(name)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= low:
-            raise ConfigError(f"{self._where}: '{name}' must be a number above {low:g}, but is {value!r}.")
-        return float(value)
+        # By comparison: a whole number of JSON may have more digits than a float can hold, and NaN compares as False.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and low < value <= sys.float_info.max:
+            return float(value)
+        raise ConfigError(f"{self._where}: '{name}' must be a number above {low:g}, but is {value!r}.")
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false.

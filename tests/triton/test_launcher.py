@@ -38,11 +38,15 @@ def ports() -> dict[str, str]:
         ({"MORPH_HTTP_PORT": "x"}, "MORPH_HTTP_PORT must be a port between 1 and 65535, but is 'x'."),
         ({"MORPH_GRPC_PORT": "70000"}, "MORPH_GRPC_PORT must be a port"),
         ({"MORPH_HTTP_PORT": "8001"}, "must be three different ports"),
-        ({"MORPH_MODE": "fast"}, "morph.mode must be one of accuracy, balanced, performance, off, but is 'fast'."),
+        (
+            {"MORPH_MODE": "fast"},
+            "morph.mode (MORPH_MODE) must be one of accuracy, balanced, performance, off, but is 'fast'.",
+        ),
         ({"MORPH_MAX_NUM_SEQS": "many"}, "MORPH_MAX_NUM_SEQS must be a whole number, but is 'many'."),
         ({"MORPH_LOG_LEVEL": "loud"}, "MORPH_LOG_LEVEL must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL"),
         ({"MORPH_DRAIN_S": "-1"}, "MORPH_DRAIN_S must be between 0 and 3600 seconds"),
         ({"MORPH_HOST": "203.0.113.1"}, "MORPH_HOST '203.0.113.1' is not an address of this machine."),
+        ({"MORPH_MEMORY_BUDGET_GB": "4"}, "MORPH_MEMORY_BUDGET_GB is no setting: MORPH_MEMORY_BUDGET_GIB is meant"),
         ({"MORPH_MODEL_REPOSITORY": "/no/such"}, "The model repository '/no/such' has no 'morph/config.pbtxt'."),
     ],
 )
@@ -56,9 +60,13 @@ def test_bad_settings_are_one_sentence(
 
 
 def test_a_check_alone_starts_nothing(tmp_path: Path, tiny_model: Path) -> None:
-    done = launch(tmp_path, "--check", MORPH_MODEL=str(tiny_model), MORPH_MODE="off", MORPH_LOG_LEVEL="")
+    demo = str(ROOT / "models" / "morph-demo")
+    done = launch(tmp_path, "--check", MORPH_MODEL=demo, MORPH_MODE="off", MORPH_LOG_LEVEL="")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{tiny_model} can be served, mode off.\n"
+    assert done.stdout.startswith(f"{demo} can be served, mode off: 12 layers, context 2,048 tokens; ")
+    done = launch(tmp_path, "--check", MORPH_MODEL=demo, MORPH_MEMORY_BUDGET_GIB="0.01")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("memory.budget_gib (MORPH_MEMORY_BUDGET_GIB) is 0.01, but this model needs at least")
     done = launch(tmp_path, "--check", MORPH_MODEL=str(tiny_model), MORPH_TRITON_DIR=str(tmp_path))
     assert done.returncode == 2 and "is no Triton with a Python backend" in done.stderr
 

@@ -9,24 +9,33 @@ from pathlib import Path
 
 import pytest
 
-from triton_server import ROOT, TritonServer, fake_repository
+from morph_backend.metric_catalog import catalog
+from queries import exported
+from triton_server import TritonServer, fake_repository
 from wire_client import generate, post, until
 
 pytestmark = pytest.mark.triton
 
 
-def test_every_metric_of_the_contract_is_there(server: TritonServer) -> None:
+def test_what_is_exported_is_what_the_reference_describes(server: TritonServer) -> None:
+    """Every metric, its type, its HELP and its labels; docs/metrics.md is made from the same catalog."""
     for _ in range(2):
         generate(server, "hello world", max_tokens=10)
-    document = (ROOT / "docs" / "wire.md").read_text()
-    names = re.findall(r"`((?:vllm:|morph_|nv_trt_llm_)\w+)`", document.split("## Metrics")[1])
-    assert len(names) > 25
+    described = {
+        name: (spec.kind, spec.description, {"model", "version", *spec.labels}) for name, spec in catalog(512).items()
+    }
 
-    def missing() -> list[str]:
+    def ours() -> dict[str, tuple[str, str, set[str]]]:
         text = server.metrics_text()
-        return [n for n in names if not re.search(rf'^{n}(_count)?{{[^}}]*model="morph"[^}}]*version="1"', text, re.M)]
+        series = exported(text)
+        kinds, helps = (dict(re.findall(rf"^# {what} (\S+) (.*)$", text, re.M)) for what in ("TYPE", "HELP"))
+        own = [name for name in kinds if name.startswith(("vllm:", "morph_", "nv_trt_llm_"))]
+        return {
+            name: (kinds[name], helps[name], series.get(name) or series.get(f"{name}_count") or set()) for name in own
+        }
 
-    until(lambda: not missing(), what="the metrics")
+    until(lambda: ours().keys() >= described.keys(), what="the metrics of the catalog")
+    assert ours() == described
 
 
 def settle(server: TritonServer) -> None:

@@ -26,6 +26,8 @@ def test_a_configuration_survives_json() -> None:
         ({"memory": {"budget_gib": "much"}}, r"memory\.budget_gib must be a number, but is 'much'"),
         ({"memory": {"budget_gib": -1}}, r"memory\.budget_gib must be between 0 and"),
         ({"memory": {"budget_gib": float("nan")}}, r"memory\.budget_gib must be between"),
+        ({"memory": {"budget_gib": 10**400}}, r"memory\.budget_gib must be between 0 and .* but is inf"),
+        ({"memory": {"kv_tokens": -(10**400)}}, r"memory\.kv_tokens must be between"),
         ({"memory": {"prefault": 1}}, r"memory\.prefault must be true or false"),
         ({"scheduler": {"max_num_seqs": True}}, r"scheduler\.max_num_seqs must be a whole number"),
         ({"scheduler": {"max_num_seqs": 9, "max_num_batched_tokens": 8}}, r"max_num_batched_tokens .*max_num_seqs"),

@@ -6,9 +6,11 @@ import os
 import sys
 from collections.abc import Sequence
 
+from morph_backend.launcher.ensembles import ensembles_over, warning
 from morph_backend.launcher.launch_settings import launch_settings
 from morph_backend.launcher.run_folder import RunFolder, sweep_stale
 from morph_backend.launcher.triton_files import check_python, find_installed, find_triton
+from morph_runtime.config import with_variables
 from morph_runtime.errors import ConfigError
 
 BAD_SETTINGS = 2
@@ -37,11 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         repository = run.repository(settings)
         config = check_before_start(settings, repository / "morph")
         if settings.check:
-            print(f"{config.model.path} can be served, mode {config.morph.mode}.")
+            from morph_runtime.engine.check import check_engine  # PyTorch: seconds that a start does not spend here
+
+            print(f"{config.model.path} can be served, mode {config.morph.mode}: {check_engine(config)}.")
             return 0
+        if said := warning(ensembles_over(repository)):
+            print(said, file=sys.stderr)
         return Supervisor(settings, files, run, repository, config).run()
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        print(with_variables(str(error)), file=sys.stderr)
         return BAD_SETTINGS
     finally:
         if run is not None:

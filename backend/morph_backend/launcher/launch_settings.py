@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import secrets
 import shlex
@@ -10,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from morph_runtime.config import ENVIRONMENT
 from morph_runtime.errors import ConfigError
 
 
@@ -69,6 +71,29 @@ _OPTIONS: tuple[tuple[str, str, str], ...] = (
 )
 
 
+# Names of other programs of this repository that may stand in the same environment.
+_OTHERS = (
+    "MORPH_AWQ_ENV", "MORPH_BIND", "MORPH_CHAT_TEMPLATE", "MORPH_EXTRAS", "MORPH_GRPC_HOST", "MORPH_IMAGE_TAG",
+    "MORPH_METRICS_HOST", "MORPH_METRICS_URL", "MORPH_OPENAI_HOST", "MORPH_OPENAI_PORT", "MORPH_OPENAI_WORKERS",
+    "MORPH_RUN_DIR", "MORPH_SERVED_MODEL_NAME", "MORPH_URL",
+)  # fmt: skip
+_SETTINGS = (
+    *ENVIRONMENT, *(name for _, name, _ in _OPTIONS), "MORPH_ADMIN_KEY", "MORPH_LOG_LEVEL", "MORPH_LOG_VERBOSE"
+)  # fmt: skip
+
+
+def check_names(env: Mapping[str, str]) -> None:
+    """Refuse a variable that is nearly one of ours: a slip would leave the setting at its default without a word.
+
+    Raises:
+        ConfigError: there is one; the text names what is meant.
+    """
+    strange = [name for name in env if name.startswith("MORPH_") and name not in _SETTINGS and name not in _OTHERS]
+    for name in sorted(strange):
+        if meant := difflib.get_close_matches(name, _SETTINGS, 1, 0.85):
+            raise ConfigError(f"{name} is no setting: {meant[0]} is meant, or unset it.")
+
+
 def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchSettings:
     """Read the command line and the environment; the command line wins.
 
@@ -87,6 +112,7 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
     given = vars(parser.parse_args(arguments))
     verbose, check = given.pop("verbose"), given.pop("check")
     values = {**env, **{name: value for name, value in given.items() if value is not None}}
+    check_names(env)
     repository, triton = values.get("MORPH_MODEL_REPOSITORY", ""), values.get("MORPH_TRITON_DIR", "")
     settings = LaunchSettings(
         host=values.get("MORPH_HOST") or "127.0.0.1",

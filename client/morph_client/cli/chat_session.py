@@ -21,7 +21,7 @@ _HELP = """\
 /help         this list
 /exit         end, as Ctrl-D and Ctrl-C do
 //TEXT        send /TEXT to the model
-Ctrl-C while an answer comes breaks it off; what has come stays in the conversation."""
+Ctrl-C breaks an answer off; what has come stays in the conversation."""
 
 
 class ChatSession:
@@ -71,7 +71,7 @@ class ChatSession:
             except MorphError as error:
                 if not self._interactive:
                     raise
-                stderr().print(f"morph: {error}", style="red", markup=False, soft_wrap=True)
+                stderr().print(f"morph: {error}", style="red", markup=False)
 
     def _read(self) -> str | None:
         """The next line without its end; ``None`` when there is none, or at Ctrl-C at the prompt."""
@@ -184,4 +184,5 @@ class ChatSession:
         self._note(f"({len(self._conversation.turns)} turns written to {path})")
 
     def _note(self, text: str) -> None:
-        stderr().print(text, style="dim", markup=False, soft_wrap=True)
+        # A terminal's lines end between words; what goes to a file or a pipe is not cut.
+        stderr().print(text, style="dim", markup=False, soft_wrap=not self._interactive)

@@ -32,7 +32,17 @@ def openai(
     ] = "morph",
     host: Annotated[str, typer.Option(envvar="MORPH_OPENAI_HOST", help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(envvar="MORPH_OPENAI_PORT", min=1, max=65535, help="The port.")] = 9000,
-    connections: Annotated[int, typer.Option(min=1, max=64, help="gRPC connections to the server.")] = 4,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            envvar="MORPH_OPENAI_WORKERS",
+            min=1,
+            max=64,
+            help="Processes that answer.",
+            show_default="one for every four processors, at most 4",
+        ),
+    ] = None,
+    connections: Annotated[int, typer.Option(min=1, max=64, help="gRPC connections of each to the server.")] = 4,
     drain_seconds: Annotated[
         int, typer.Option(envvar="MORPH_DRAIN_S", min=0, max=3600, help="Time for open answers to end at the end.")
     ] = 30,
@@ -41,17 +51,19 @@ def openai(
     """Serve /v1/chat/completions, /v1/completions and /v1/models, until Ctrl-C. Without --model: no chat."""
     try:
         from morph_client.openai.app import Served, build_app
-        from morph_client.openai.server import serve
+        from morph_client.openai.server import listen, serve
+        from morph_client.openai.workers import default_count
     except ImportError as error:
         missing = (error.name or "fastapi").partition(".")[0]
         raise MissingDependency(
             f"this needs {missing}, which is not installed: pip install 'morphserve[openai-server]'"
         ) from None
     template = _template(model, chat_template)
+    listening = listen(host, port)
     client = AsyncMorphClient(grpc_target(url), connections=connections)
     chat = "with chat" if template is not None else "without chat: no chat template was found"
     print(f"http://{host}:{port}/v1 for the model '{served_name}' at {client.url}, {chat}", file=sys.stderr, flush=True)
-    serve(build_app(client, Served(served_name, template)), host, port, drain_seconds)
+    serve(build_app(client, Served(served_name, template)), listening, drain_seconds, workers or default_count())
 
 
 def _template(model: Path | None, chat_template: Path | None) -> ChatTemplate | None:

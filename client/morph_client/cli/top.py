@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -44,16 +45,25 @@ def top(
 
 
 def _watch(history: History, metrics_url: str, model: str, interval: float, console: Console) -> None:
-    never = threading.Event()
-    with Live(
-        frame(history, metrics_url, console), console=console, screen=console.is_terminal, auto_refresh=False
-    ) as live:
-        while not never.wait(interval):
-            try:
-                history.add(time.monotonic(), _look(metrics_url, model))
-            except (ServerUnavailable, ServerError) as error:
-                history.lost(str(error))
+    if not console.is_terminal:  # a file or a pipe gets one page after the other
+        console.print(frame(history, metrics_url, console))
+        for _ in _looks(history, metrics_url, model, interval):
+            console.print(frame(history, metrics_url, console))
+        return
+    with Live(frame(history, metrics_url, console), console=console, screen=True, auto_refresh=False) as live:
+        for _ in _looks(history, metrics_url, model, interval):
             live.update(frame(history, metrics_url, console), refresh=True)
+
+
+def _looks(history: History, metrics_url: str, model: str, interval: float) -> Iterator[None]:
+    """Never ends: after each look, which may fail."""
+    never = threading.Event()
+    while not never.wait(interval):
+        try:
+            history.add(time.monotonic(), _look(metrics_url, model))
+        except (ServerUnavailable, ServerError) as error:
+            history.lost(str(error))
+        yield
 
 
 def _look(metrics_url: str, model: str) -> ServerState:

@@ -17,6 +17,8 @@ from morph_client.state import ServerState
 
 _WIDEST = 100
 _LABEL = 10
+_NOTES = 56
+"""Columns for the words of a line, from which on there is room for what can be left out."""
 
 
 def frame(history: History, metrics_url: str, console: Console) -> RenderableType:
@@ -34,6 +36,8 @@ def frame(history: History, metrics_url: str, console: Console) -> RenderableTyp
     if history.problem is not None:
         body.insert(0, Text(history.problem, style=f"bold {BAD}"))
     title = Text.assemble(("morph ", "bold"), urlsplit(metrics_url).netloc, " · mode ", (_mode(state), "bold"))
+    if state.ttft_slo_s is not None:
+        title.append(f" · target {state.ttft_slo_s:g} s")
     return Panel(
         Group(*body), title=title, title_align="left", subtitle=_engine(state), subtitle_align="right",
         box=box.ROUNDED, border_style="dim", width=outer,
@@ -52,12 +56,12 @@ def _rows(history: History, state: ServerState, width: int, glyphs: dict[str, st
         ("Memory", _memory(state)),
         ("", Text()),
         ("Queue", _queue(state)),
-        ("TTFT", _times(history.ttft, f"{since}, without the queue")),
-        ("TPOT", _times(history.tpot, since)),
+        ("TTFT", _times(history.ttft, f"{since}, without the queue", width)),
+        ("TPOT", _times(history.tpot, since, width)),
         ("Tokens", _tokens(history)),
         ("", Text()),
-        ("Shifts", _shifts(state)),
-        ("Decisions", _decisions(history)),
+        ("Shifts", _shifts(state, width)),
+        ("Decisions", _decisions(history, width)),
     ]
 
 
@@ -144,19 +148,28 @@ def _kv_words(state: ServerState) -> Text:
 
 def _memory(state: ServerState) -> Text:
     names = {"weights": "weights", "kv": "KV", "static": "static", "free": "free"}
-    parts = [f"{word} {_mib(state.memory_bytes[kind])}" for kind, word in names.items() if kind in state.memory_bytes]
-    budget = f" of {_mib(state.memory_bytes['budget'])} MiB" if "budget" in state.memory_bytes else " MiB"
-    return Text(" + ".join(parts) + budget if parts else NOTHING)
+    held = state.memory_bytes
+    parts = [f"{word} {_mib(held[kind])}" for kind, word in names.items() if kind in held]
+    if not parts:
+        return Text(NOTHING)
+    text = Text(" · ".join(parts))
+    if "budget" in held:
+        # What the arena does not hold is set aside for the work of a step.
+        rest = held["budget"] - sum(held[kind] for kind in names if kind in held)
+        text.append(f" · workspace {_mib(max(0.0, rest))}", "dim").append(f" of {_mib(held['budget'])}")
+    return text.append(" MiB")
 
 
 def _queue(state: ServerState) -> Text:
     busy = f"bold {WARN}" if state.pending else ""
     return Text.assemble(
-        (f"{state.pending:.0f} in Triton", busy), f" · {state.waiting:.0f} waiting · {state.running:.0f} running"
+        (f"{state.pending:.0f} in Triton's queue", busy),
+        f" · {state.waiting:.0f} in line · {state.running:.0f} running",
     )
 
 
-def _times(quantiles: Quantiles, note: str) -> Text:
+def _times(quantiles: Quantiles, note: str, width: int) -> Text:
+    note = note if width >= _NOTES else note.partition(",")[0]
     if quantiles.p50 is None:
         return Text.assemble(NOTHING, (f"   {note}", "dim"))
     return Text.assemble(f"p50 {seconds(quantiles.p50):>8}   p95 {seconds(quantiles.p95):>8}", (f"   {note}", "dim"))
@@ -174,23 +187,25 @@ def _tokens(history: History) -> Text:
     return text
 
 
-def _shifts(state: ServerState) -> Text:
+def _shifts(state: ServerState, width: int) -> Text:
     down, up = state.shifts.get("down", 0.0), state.shifts.get("up", 0.0)
-    return Text(f"{down:.0f} down · {up:.0f} up · {state.preemptions:.0f} preemptions").append(
-        "   since the start", "dim"
-    )
+    text = Text(f"{down:.0f} down · {up:.0f} up · {state.preemptions:.0f} preemptions")
+    return text.append("   since the start", "dim") if width >= _NOTES else text
 
 
-def _decisions(history: History) -> Text:
+def _decisions(history: History, width: int) -> Text:
     text = Text()
+    room = 28 if width >= _NOTES else 16
     for decision in history.decisions():
         if text.plain:
             text.append("\n")
         style = WARN if decision.action == "down" else ACCENT if decision.action == "up" else "dim"
-        text.append(f"{decision.action:<5}", style).append(f"{decision.reason:<28} × {decision.count}")
+        text.append(f"{decision.action:<5}", style).append(f"{decision.reason:<{room}} × {decision.count}")
         if history.window_s is not None:
             text.append(f"   {history.age_s(decision):.0f} s ago", "dim")
-    return text if text.plain else Text("none yet", "dim")
+    return (
+        text if text.plain else Text("none yet" if history.window_s is None else "none while this page is open", "dim")
+    )
 
 
 def _mib(value: float) -> str:

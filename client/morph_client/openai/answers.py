@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -12,6 +13,8 @@ from typing import Any
 from morph_client.types import TokenLogprob
 
 Scores = Sequence[Sequence[TokenLogprob]]
+_USAGE_LATER = '],"usage":null}'
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass
@@ -44,19 +47,25 @@ class Answer(ABC):
         self._model = model
         self._id = f"{self._prefix}-{uuid.uuid4().hex}"
         self._created = int(time.time())
+        self._opening = ""
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The answer in one piece."""
         return {**self._head(self._whole), "choices": [self._choice(c) for c in choices], "usage": usage(choices)}
 
-    def event(self, choice: Choice, text: str, logprobs: Scores, first: bool, with_usage: bool) -> dict[str, Any]:
-        """New text of one answer. ``first`` is its first event; ``with_usage`` if the stream ends with the usage."""
-        event = {**self._head(self._part), "choices": [self._news(choice, text, logprobs, first)]}
-        return {**event, "usage": None} if with_usage else event
+    def event(self, choice: Choice, text: str, logprobs: Scores, first: bool, with_usage: bool) -> str:
+        """New text of one answer, as JSON. ``first`` is its first event; ``with_usage`` if the usage ends the stream.
 
-    def last_event(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The usage, at a stream's end."""
-        return {**self._head(self._part), "choices": [], "usage": usage(choices)}
+        There is one for each token of each stream, so what they have in common is encoded once.
+        """
+        if not self._opening:
+            self._opening = _ENCODER.encode({**self._head(self._part), "choices": []})[:-2]
+        news = _ENCODER.encode(self._news(choice, text, logprobs, first))
+        return f"{self._opening}{news}{_USAGE_LATER if with_usage else ']}'}"
+
+    def last_event(self, choices: Sequence[Choice]) -> str:
+        """The usage, at a stream's end, as JSON."""
+        return _ENCODER.encode({**self._head(self._part), "choices": [], "usage": usage(choices)})
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}

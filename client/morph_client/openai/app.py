@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import Receive, Scope, Send
 
 from morph_client.aio_client import AsyncMorphClient
 from morph_client.chat_template import ChatTemplate
 from morph_client.errors import BadInput, MorphError
 from morph_client.openai.answers import Answer, ChatAnswer, TextAnswer
+from morph_client.openai.event_stream import EventStream, Form
 from morph_client.openai.generation import Ask, Generation, Service
 from morph_client.openai.problems import ApiError, from_server, from_shape, no_such_model
 from morph_client.openai.sampling import sampling_of
@@ -29,7 +28,6 @@ from morph_client.openai.shapes import MAX_CHOICES, ChatRequest, TextRequest
 NO_TEMPLATE = "This server has no chat template: use /v1/completions, or start it with --model and a folder with one."
 CLIENT_GONE = 499
 """The status in the access log where nobody is left to read an answer."""
-_DONE = b"data: [DONE]\n\n"
 _T = TypeVar("_T")
 
 
@@ -152,9 +150,10 @@ class _Desk:
             generation = Generation(self._client, asks, service)
             try:
                 if body.stream:
-                    events = _events(generation, form, bool(body.stream_options and body.stream_options.include_usage))
-                    first = await _unless_gone(request, anext(events))
-                    return _EventStream(_joined(first, events, prompt_field), generation)
+                    with_usage = bool(body.stream_options and body.stream_options.include_usage)
+                    pairs = generation.pairs()
+                    first = await _unless_gone(request, anext(pairs))
+                    return EventStream(generation, first, pairs, Form(form, with_usage, prompt_field))
                 await _unless_gone(request, _to_the_end(generation))
             except BaseException:
                 generation.close()
@@ -166,45 +165,9 @@ class _Desk:
         return JSONResponse(form.whole(generation.choices))
 
 
-class _EventStream(StreamingResponse):
-    """Server-sent events. However it ends, the client leaving included, what is not finished is cancelled."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, events: AsyncIterator[bytes], generation: Generation) -> None:
-        super().__init__(events)
-        self._generation = generation
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._generation.close()
-
-
 async def _to_the_end(generation: Generation) -> None:
-    async for _ in generation:
+    async for _ in generation.pairs():
         pass
-
-
-async def _events(generation: Generation, form: Answer, with_usage: bool) -> AsyncIterator[bytes]:
-    begun: set[int] = set()
-    async for choice, chunk in generation:
-        yield _event(form.event(choice, chunk.text, chunk.logprobs, choice.index not in begun, with_usage))
-        begun.add(choice.index)
-    if with_usage:
-        yield _event(form.last_event(generation.choices))
-    yield _DONE
-
-
-async def _joined(first: bytes, rest: AsyncIterator[bytes], prompt_field: str) -> AsyncIterator[bytes]:
-    """The events of a stream that has begun; an error is its last one."""
-    yield first
-    try:
-        async for event in rest:
-            yield event
-    except MorphError as error:
-        yield _event(from_server(error, prompt_field).body())
 
 
 async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
@@ -225,10 +188,6 @@ async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
 async def _left(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _event(body: Mapping[str, Any]) -> bytes:
-    return b"data: %b\n\n" % json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 async def _on_api_error(_: Request, error: Exception) -> Response:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
 from morph_client.aio_client import AsyncMorphClient, AsyncTokenStream
@@ -34,7 +34,7 @@ class Service:
 
 
 class Generation:
-    """Iterates over ``(choice, chunk)`` pairs of all answers as they come; the choice already holds the chunk.
+    """All answers to one request.
 
     Several answers are several requests to the server: each waits in Triton's queue by itself, and a prompt that
     they share is computed once where the prefix cache has it by then. The first error ends the iteration; who
@@ -60,7 +60,8 @@ class Generation:
         for stream in self._streams:
             stream.close()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[Choice, Chunk]]:
+    async def pairs(self) -> AsyncGenerator[tuple[Choice, Chunk], None]:
+        """Pairs of an answer and a chunk, as the chunks of all answers come; the answer already holds the chunk."""
         if len(self._streams) == 1:
             async for chunk in self._streams[0]:
                 yield self._book(0, chunk)

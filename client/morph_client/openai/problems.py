@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,10 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error object."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def text(self) -> str:
+        """The same as JSON."""
+        return json.dumps(self.body(), ensure_ascii=False)
 
 
 def from_server(error: MorphError, prompt_field: str) -> ApiError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from morph_backend.launcher.launch_settings import launch_settings
+from morph_backend.launcher.ensembles import ensembles_over, warning
+from morph_backend.launcher.launch_settings import check_names, launch_settings
 from morph_backend.launcher.preflight import check_port
 from morph_backend.launcher.processes import end_processes, processes_of
 from morph_backend.launcher.run_folder import RunFolder, sweep_stale
@@ -19,6 +21,7 @@ from morph_backend.launcher.triton_files import check_python, find_installed, fi
 from morph_runtime.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
+NAME = re.compile(r"\bMORPH_[A-Z_]*[A-Z]\b")
 
 
 def test_the_command_line_wins_over_the_environment() -> None:
@@ -33,6 +36,20 @@ def test_the_command_line_wins_over_the_environment() -> None:
 def test_an_address_for_all_is_probed_on_this_machine() -> None:
     assert launch_settings(["--host", "0.0.0.0"], {}).probe_host == "127.0.0.1"
     assert launch_settings(["--host", "10.1.2.3"], {}).probe_host == "10.1.2.3"
+
+
+def test_a_slip_in_a_variables_name_is_told() -> None:
+    with pytest.raises(ConfigError, match="MORPH_KV_TOKEN is no setting: MORPH_KV_TOKENS is meant"):
+        launch_settings([], {"MORPH_KV_TOKEN": "4096"})
+    launch_settings([], {"MORPH_STUDIO_LICENCE": "another product's"})
+
+
+def test_no_variable_of_this_repository_is_taken_for_a_slip() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    files = [ROOT / name for name in listed if name.endswith((".py", ".yml", ".yaml", ".sh", "Dockerfile", "Makefile"))]
+    names = {name for path in files if "tests" not in path.parts for name in NAME.findall(path.read_text())}
+    assert not files or len(names) > 30
+    check_names(dict.fromkeys(names, "x"))
 
 
 @pytest.mark.parametrize("value", ["0", "65536", "-1", "x", "１"])
@@ -66,6 +83,20 @@ def test_triton_is_found_without_importing_it() -> None:
             find_triton()
         return
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_ensemble_over_the_model_is_told_of(tmp_path: Path) -> None:
+    for name, text in {
+        "front": 'platform: "ensemble"\nensemble_scheduling { step [ { model_name: "morph" model_version: -1 } ] }',
+        "other": 'platform: "ensemble"\nensemble_scheduling { step [ { model_name: "morphology" } ] }',
+        "quiet": 'ensemble_scheduling { step [ # { model_name: "morph" }\n ] }',
+        "morph": 'name: "morph"\nbackend: "python"',
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.pbtxt").write_text(text)
+    assert ensembles_over(tmp_path) == ["front"]
+    assert warning(["front"]).startswith("warning: the ensemble 'front' has the model 'morph' as a step")
+    assert warning([]) == ""
 
 
 def test_a_port_in_use_names_the_variable() -> None:

@@ -126,5 +126,5 @@ def test_what_the_engine_finds_invalid_is_the_clients_error(
     request = make_request(text_input="hi", sampling_parameters='{"max_tokens": 400}')
     service.handle(sender, functools.partial(read_request, request))
     service.on_step(StepOutput([], [], [Finished(1, "invalid", "structured_outputs: no.")], 0, 0))
-    assert sender.done.wait(10)
+    assert sender.done.wait(60)
     assert (sender.error.code, str(sender.error)) == ("INVALID_ARG", "structured_outputs: no.")

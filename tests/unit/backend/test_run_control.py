@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import msgspec
 import pytest
 
 from fake_engine import FakeEngine
@@ -30,15 +31,17 @@ class Recording(FakeEngine):
         self.told = (mode, cap)
 
 
-def served(make_sender: Any, request: Any, key: str = KEY, classes: tuple[str, ...] = ()) -> tuple[Any, Recording]:
+def served(
+    make_sender: Any, request: Any, key: str = KEY, classes: tuple[str, ...] = (), pin: str = ""
+) -> tuple[Any, Recording]:
     service = Service(
         Tokenizer(tiny_tokenizer()), MetricsRecorder(), line=2, classes=parse_classes(classes, 2, 0), admin_key=key
     )
     engine = Recording(EngineConfig(), service)
-    service.attach(engine, engine.start())
+    service.attach(engine, msgspec.structs.replace(engine.start(), pin=pin))
     sender = make_sender()
     service.handle(sender, functools.partial(read_request, request))
-    assert sender.done.wait(10) and sender.finals == 1
+    assert sender.done.wait(60) and sender.finals == 1
     service.close()
     return sender, engine
 
@@ -69,6 +72,12 @@ def test_nobody_else_does_and_bad_values_are_told(
 ) -> None:
     sender, engine = served(make_sender, make_request(parameters, text_input="hello"), key)
     assert sender.error is not None and sentence in str(sender.error) and engine.told is None
+
+
+def test_a_pinned_server_tells_that_it_stays_at_its_level(make_sender: Any, make_request: Any) -> None:
+    request = make_request(f'{{"morph_mode": "off", "morph_admin_key": "{KEY}"}}', text_input="")
+    sender, engine = served(make_sender, request, pin="w8")
+    assert "MORPH_PIN=w8 keeps the server at one level" in str(sender.error) and engine.told is None
 
 
 def test_a_class_that_nobody_has_set_up_is_refused_once_there_are_classes(make_sender: Any, make_request: Any) -> None:

@@ -48,6 +48,11 @@ def test_what_means_the_same_is_taken_over() -> None:
     assert read.memory.block_tokens == 32 and read.cache.prefix is False and read.morph.mode == "off"
 
 
+@pytest.mark.parametrize("given, read", [("auto", "auto"), ("safetensors", "auto"), ("dummy", "dummy")])
+def test_load_formats_have_vllms_names(given: str, read: str) -> None:
+    assert config({"model": "m", "load_format": given}).model.load_format == read
+
+
 def test_a_share_of_the_gpu_is_a_budget() -> None:
     values = translate({"model": "m", "gpu_memory_utilization": 0.5, "device": "cuda"}, lambda: 80 * 2**30).values
     assert values["memory"] == {"budget_gib": 40.0}

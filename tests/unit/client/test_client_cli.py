@@ -99,6 +99,21 @@ def test_top_prints_one_page(morph: Morph, triton: FakeTriton) -> None:
     assert result.exit_code == 0 and "2 of 8" in result.stdout and "\x1b" not in result.stdout
 
 
+def test_top_into_a_pipe_prints_one_page_after_the_other(triton: FakeTriton) -> None:
+    command = [sys.executable, "-c", "from morph_client.cli import main; main()", "top", "--interval", "0.1"]
+    environment = {**os.environ, "COLUMNS": "80", "MORPH_METRICS_URL": triton.metrics_url, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        pages = 0
+        for line in process.stdout:
+            assert "\x1b" not in line
+            pages += "Level " in line
+            if pages == 3:
+                break
+        process.terminate()
+    assert pages == 3
+
+
 def test_top_says_when_the_model_is_not_there(morph: Morph, triton: FakeTriton) -> None:
     result = morph("top", "--once", "--metrics-url", triton.metrics_url, "--model", "other")
     assert result.exit_code == 1 and "is the model loaded" in sentence(result)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import socketserver
+import threading
 
 import pytest
 from client_fakes import FakeTriton
@@ -109,3 +111,18 @@ def test_an_address_that_serves_no_metrics_is_explained(triton: FakeTriton) -> N
     for address in ("localhost:8002", "ftp://x/", "http://host:port/"):
         with pytest.raises(BadInput, match="metrics page"):
             scrape(address)
+
+
+class Binary(socketserver.BaseRequestHandler):
+    """Answers as a gRPC port does: HTTP/2 settings, whatever is asked."""
+
+    def handle(self) -> None:
+        self.request.recv(1000)
+        self.request.sendall(b"\x00\x00\x18\x04\x00\x00\x00\x00\x00\x00\x04\x00@\x00\x00\n")
+
+
+def test_a_port_of_another_kind_is_told_without_its_bytes() -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), Binary) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        with pytest.raises(ServerUnavailable, match=r"\(what answers there does not speak HTTP/1\)"):
+            scrape(f"http://127.0.0.1:{server.server_address[1]}/metrics")

@@ -65,7 +65,8 @@ def test_a_page_shows_what_an_operator_asks_for() -> None:
     text = drawn(history(state(3)))
     for part in (
         "mode balanced", "KV int8", "3 of 8", "0 of 88 blocks used (0 %), 24 of them won by morphing", "0 in Triton",
-        "p50   100 ms", "since the start", "3 down", "kv_pressure", "engine up", "weights 100 of 200 MiB",
+        "p50   100 ms", "since the start", "3 down", "kv_pressure", "engine up",
+        "weights 100 · workspace 100 of 200 MiB",
     ):  # fmt: skip
         assert part in text
     assert "\x1b" not in text
@@ -112,3 +113,14 @@ def test_decisions_are_listed_newest_first_without_the_holds() -> None:
     one = history(first, second, third)
     assert [(d.action, d.reason, d.count) for d in one.decisions()] == [("up", "b", 1), ("down", "a", 2)]
     assert one.age_s(one.decisions()[1]) == 1.0
+
+
+def test_a_narrow_page_leaves_notes_out_and_keeps_the_figures() -> None:
+    text = drawn(history(state(3)), 60)
+    assert max(len(line) for line in text.splitlines()) == 60
+    assert "p50   100 ms" in text and "3 down · 0 up" in text and "since the start" not in text.split("Shifts")[1]
+
+
+def test_the_target_stands_in_the_title_where_the_server_tells_it() -> None:
+    assert "target 2.5 s" in drawn(history(replace(state(3), ttft_slo_s=2.5)))
+    assert "target" not in drawn(history(replace(state(3), ttft_slo_s=None)))

@@ -51,14 +51,6 @@ def test_a_request_carries_prompt_sampling_and_options() -> None:
     assert message.parameters["slo_class"].string_param == "gold"
 
 
-def test_both_clients_send_the_same_tensors() -> None:
-    request = build(sampling=SamplingParams(temperature=0.5))
-    kwargs = request.to_triton_kwargs()
-    blocking = inputs_of(request.to_message())
-    assert {t.name(): t._get_content() for t in kwargs["inputs"]} == blocking
-    assert kwargs["request_id"] == request.request_id != ""
-
-
 def test_nested_parameters_are_sent_as_json_and_logprobs_ask_for_their_output() -> None:
     form = {"json": {"type": "object"}}
     sampling = SamplingParams(logit_bias={5: 1.5}, stop_token_ids=(1,), structured_outputs=form, logprobs=0)

@@ -139,10 +139,21 @@ def keeping(folder: Path) -> Iterator[Callable[..., Keeping]]:
         each.keeper.close()
 
 
+@pytest.fixture(scope="module")
+def calm(folder: Path) -> Hearer:
+    """What an undisturbed run says."""
+    undisturbed = Keeping(config_for(folder, "off", kv_tokens=2048))
+    try:
+        undisturbed.serve()
+    finally:
+        undisturbed.keeper.close()
+    return undisturbed.hearer
+
+
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_tokens_after_kills_are_those_of_an_undisturbed_run(keeping: Callable[..., Keeping], overlap: str) -> None:
-    calm = keeping(overlap)
-    calm.serve()
+def test_tokens_after_kills_are_those_of_an_undisturbed_run(
+    keeping: Callable[..., Keeping], calm: Hearer, overlap: str
+) -> None:
     stormy = keeping(overlap)
     strikes = [60, 250, 450]
 
@@ -156,14 +167,12 @@ def test_tokens_after_kills_are_those_of_an_undisturbed_run(keeping: Callable[..
     stormy.serve(strike)
     assert not strikes and stormy.hearer.restarted == 3
     names = dict(enumerate(CASES))
-    assert {names[k]: t for k, t in stormy.hearer.tokens.items()} == {
-        names[k]: t for k, t in calm.hearer.tokens.items()
-    }
-    assert stormy.hearer.finished == calm.hearer.finished
-    assert set(calm.hearer.finished.values()) == {"length", "stop"}
+    assert {names[k]: t for k, t in stormy.hearer.tokens.items()} == {names[k]: t for k, t in calm.tokens.items()}
+    assert stormy.hearer.finished == calm.finished
+    assert set(calm.finished.values()) == {"length", "stop"}
     assert sorted(stormy.hearer.started) == sorted(set(stormy.hearer.started)), "a credit is given back once"
     at = list(CASES).index("log probabilities")
-    ours, theirs = stormy.hearer.scores[at], calm.hearer.scores[at]
+    ours, theirs = stormy.hearer.scores[at], calm.scores[at]
     assert len(ours) == len(theirs) == 150
     assert [(s.rank, s.ids) for s in ours] == [(s.rank, s.ids) for s in theirs]
     assert [s.values for s in ours] == [pytest.approx(s.values, abs=1e-4) for s in theirs]
@@ -171,9 +180,7 @@ def test_tokens_after_kills_are_those_of_an_undisturbed_run(keeping: Callable[..
     assert stormy.hearer.down == []
 
 
-def test_a_segfault_is_survived_and_its_suspects_are_cleared(keeping: Callable[..., Keeping]) -> None:
-    calm = keeping()
-    calm.serve()
+def test_a_segfault_is_survived_and_its_suspects_are_cleared(keeping: Callable[..., Keeping], calm: Hearer) -> None:
     stormy = keeping()
     strikes = [300]
 
@@ -185,7 +192,7 @@ def test_a_segfault_is_survived_and_its_suspects_are_cleared(keeping: Callable[.
         return True
 
     stormy.serve(strike)
-    assert stormy.hearer.tokens == calm.hearer.tokens and stormy.hearer.finished == calm.hearer.finished
+    assert stormy.hearer.tokens == calm.tokens and stormy.hearer.finished == calm.finished
 
 
 def test_a_stopped_engine_is_noticed_and_replaced(keeping: Callable[..., Keeping]) -> None:

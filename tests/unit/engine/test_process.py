@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.client import EngineClient
 from morph_runtime.engine.messages import EngineStats, SamplingParams, StepOutput, Submit
+from morph_runtime.engine.wire import FrameReader
 from morph_runtime.errors import ConfigError, EngineDown
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
@@ -125,6 +127,24 @@ def test_an_orderly_close_lets_running_requests_finish_and_is_no_crash(
     client.submit(Submit(key=1, prompt=[1, 2, 3], sampling=GREEDY))
     client.close(drain_s=100)
     assert recorder.finished == {1: "length"}
+    assert recorder.down == []
+
+
+def test_an_engine_that_is_closed_while_it_starts_is_down_and_gone(
+    folder: Path, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = EngineClient(config_for(folder), recorder, python=sys.executable)
+    receive = FrameReader.receive
+
+    def closed_meanwhile(reader: FrameReader[Any]) -> Any:
+        message = receive(reader)
+        made.close()  # as another thread may at any moment
+        return message
+
+    monkeypatch.setattr(FrameReader, "receive", closed_meanwhile)
+    with pytest.raises(EngineDown):
+        made.start(110)
+    assert not Path(f"/proc/{made.pid}").exists()
     assert recorder.down == []
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -232,3 +232,20 @@ def test_copied_blocks_are_equal_in_every_layer_and_no_other_changes(
     assert cache.digest([1, 4]) != cache.digest([4, 1])
     cache.copy_blocks([])
     assert cache.digest(others) == before[1]
+
+
+def test_the_ids_of_blocks_that_move_go_to_the_device_as_it_wants_them(arena: StubbornArena) -> None:
+    # Each time into the same memory, as a device with a buffer of its own does.
+    sent, buffer = [], torch.zeros(8, 2, dtype=torch.int64)
+
+    def send(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        sent.append(list(pairs))
+        return buffer[: len(pairs)].copy_(torch.tensor(pairs))
+
+    cache = KVCache(arena, LAYOUT, 16, send=send)
+    cache.grow(2)
+    for block in (5, 6):
+        cache.k(1)[block] = block
+    cache.copy_blocks([(5, 1), (6, 0)])
+    assert sent == [[(5, 1), (6, 0)]]
+    assert [float(cache.k(1)[block].float().mean()) for block in (0, 1)] == [6, 5]

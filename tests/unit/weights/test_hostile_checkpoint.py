@@ -106,6 +106,13 @@ def test_any_configuration_is_a_model_or_refused(tmp_path: Path, changes: dict[s
         assert spec.layers > 0 and spec.vocab > 0 and spec.head_dim > 0
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_a_number_with_more_digits_than_a_float_holds_is_refused(tmp_path: Path, value: int) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**V4, "rms_norm_eps": value}))
+    with pytest.raises(ConfigError, match="'rms_norm_eps' must be a number above 0"):
+        ModelSpec.from_folder(tmp_path)
+
+
 def test_a_shape_whose_size_nobody_can_write_down_is_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": {"dtype": "F32", "shape": [2**47] * 400, "data_offsets": [0, 4]}}).encode()
     (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))

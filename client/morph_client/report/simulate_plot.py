@@ -1,0 +1,113 @@
+"""The picture of ``morph simulate``: load, backlog, level, KV cache and first tokens over time; a fleet below."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from morph_client.palette import ACCENT, RUNG_STYLE, Theme, light
+from morph_client.report.plot import require_matplotlib
+from morph_client.report.simulate_table import describe
+
+_WIDTH_IN, _PANEL_IN, _HEAD_IN, _FOOT_IN = 10.0, 1.75, 1.15, 0.62
+_MODE_COLOURS = (ACCENT, "#7a5ea8", "#3f7d4e")
+_TITLES = {
+    "load": "Load: requests that arrive, per second",
+    "backlog": "Backlog: requests that wait",
+    "level": "Level",
+    "kv": "KV cache: capacity (line) and use (filled), blocks",
+    "ttft": "Time to first token, by arrival, in seconds",
+    "fleet": "Servers, as the autoscaler sets them",
+}
+_POINTS = 4000
+"""First tokens of a run that are drawn, at most."""
+
+Run = Mapping[str, Any]
+
+
+def write_png(report: Run, path: Path, theme: Theme | None = None) -> None:
+    """Draws a PNG. Raises :class:`MissingDependency`, or ``OSError`` if the file cannot be written."""
+    require_matplotlib()
+    theme = theme or light()
+    fleets = [fleet for fleet in report["fleets"] if fleet["servers"] == "auto"]
+    panels = [name for name in _TITLES if name != "fleet" or fleets]
+    height = _HEAD_IN + _PANEL_IN * len(panels) + _FOOT_IN
+    figure = importlib.import_module("matplotlib.figure").Figure((_WIDTH_IN, height), facecolor=theme.background)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    figure.subplots_adjust(left=0.075, right=0.98, top=1 - _HEAD_IN / height, bottom=_FOOT_IN / height, hspace=0.34)
+    colours = _colours(report["runs"])
+    end = max(run["timeline"]["at_s"][-1] for run in report["runs"])
+    for axis, panel in zip(axes, panels, strict=True):
+        _style(axis, theme)
+        axis.set_title(_TITLES[panel], loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold")
+        for begin, stop in report["bursts"]:
+            axis.axvspan(begin, stop, color=theme.burst, linewidth=0, zorder=0)
+        if panel == "load":
+            line = report["runs"][0]["timeline"]
+            axis.fill_between(line["at_s"], line["arrivals_per_s"], step="mid", color=theme.load, linewidth=0)
+        elif panel == "fleet":
+            _sizes(axis, fleets, colours, end)
+        else:
+            for run in report["runs"]:
+                _draw(axis, panel, run, colours[run["label"]])
+        axis.set_ylim(bottom=0)
+    axes[-1].set_xlim(0, end)
+    axes[-1].set_xlabel("seconds", fontsize=10, color=theme.muted, labelpad=6)
+    _head(figure, report, colours, theme, height)
+    figure.savefig(path, dpi=130, facecolor=figure.get_facecolor())
+
+
+def _colours(runs: Sequence[Run]) -> dict[str, str]:
+    """Static rungs have the rungs' colours, modes their own, and their ablations those of their mode."""
+    modes = list(dict.fromkeys(run["label"].split(",")[0] for run in runs if not run["label"].startswith("static ")))
+    found = {}
+    for run in runs:
+        head = run["label"].split(",")[0]
+        rung = head.removeprefix("static ")
+        found[run["label"]] = RUNG_STYLE.get(rung) or _MODE_COLOURS[modes.index(head) % len(_MODE_COLOURS)]
+    return found
+
+
+def _draw(axis: Any, panel: str, run: Run, colour: str) -> None:
+    line = run["timeline"]
+    style = {"color": colour, "linewidth": 1.5, "linestyle": ":" if "," in run["label"] else "-"}
+    if panel == "ttft":
+        points = run["ttft_by_arrival"]
+        kept = points[:: -(-len(points) // _POINTS)]
+        axis.scatter([p[0] for p in kept], [p[1] for p in kept], s=6, color=colour, alpha=0.5, linewidths=0)
+    elif panel == "kv":
+        axis.plot(line["at_s"], line["kv_capacity"], drawstyle="steps-mid", **style)
+        axis.fill_between(line["at_s"], line["kv_used"], step="mid", color=colour, alpha=0.15, linewidth=0)
+    else:
+        axis.plot(line["at_s"], line[panel], drawstyle="steps-mid", **style)
+
+
+def _sizes(axis: Any, fleets: Sequence[Run], colours: Mapping[str, str], end: float) -> None:
+    for fleet in fleets:
+        times, sizes = ([pair[i] for pair in fleet["sizes"]] for i in (0, 1))
+        axis.plot(
+            [*times, end], [*sizes, sizes[-1]], drawstyle="steps-post", color=colours[fleet["label"]], linewidth=1.5
+        )
+
+
+def _head(figure: Any, report: Run, colours: Mapping[str, str], theme: Theme, height: float) -> None:
+    figure.text(0.075, 1 - 0.3 / height, "Simulation", fontsize=15, fontweight="bold", color=theme.text, va="center")
+    figure.text(0.075, 1 - 0.58 / height, describe(report), fontsize=8.5, color=theme.muted, va="center")
+    patch = importlib.import_module("matplotlib.patches").Patch
+    figure.legend(
+        handles=[patch(facecolor=colour, label=label) for label, colour in colours.items()],
+        loc="upper left", bbox_to_anchor=(0.067, 1 - 0.66 / height), ncols=6, frameon=False, fontsize=9,
+        labelcolor=theme.text, borderpad=0, handlelength=1.1, handleheight=0.35,
+    )  # fmt: skip
+
+
+def _style(axis: Any, theme: Theme) -> None:
+    axis.set_facecolor("none")
+    axis.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=theme.muted, labelsize=9.5, length=0)
+    for side, spine in axis.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(theme.muted)
