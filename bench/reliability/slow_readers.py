@@ -30,8 +30,8 @@ from wire_client import until  # noqa: E402
 
 READERS = 4
 SLOW = 4
-TOKENS = 1500
-ROUNDS = 3
+TOKENS = 500
+ROUNDS = 2
 MUCH = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 0, "logprobs": 20}
 
 
