@@ -15,7 +15,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 
-.PHONY: help setup demo serve test test-unit test-triton test-deploy test-gpu chaos fuzz lint format clean distclean
+.PHONY: help setup demo serve test test-unit test-triton test-deploy test-gpu chaos fuzz soak audit lint format clean distclean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,12 @@ chaos: $(STAMP) ## a storm over a real server; ARGS="--seed 7 --seconds 600 --le
 
 fuzz: $(STAMP) ## hostile requests on the wire; ARGS="--seed 7 --requests 100000"
 	@$(BIN)/python -m tests.chaos.fuzz $(ARGS)
+
+soak: $(STAMP) ## an hour under load after a warm-up, and whether anything grows; ARGS="--seed 7 --minutes 90"
+	@$(BIN)/python -m tests.chaos.soak $(ARGS)
+
+audit: $(STAMP) ## known vulnerabilities of what is installed, by pip-audit; asks a service on the network
+	@$(BIN)/python tools/audit.py
 
 lint: $(STAMP) ## ruff, its formatter in check mode, and mypy --strict
 	@$(BIN)/ruff check

@@ -48,9 +48,13 @@ def page_complaint(page: str, now: float) -> str:
     if heartbeat is None or up is None:
         return "The model exports no heartbeat: set REPORT_CUSTOM_METRICS to true in config.pbtxt."
     age = now - float(heartbeat[1])
-    if age <= STALE_S:
+    if abs(age) <= STALE_S:
         return ""  # also of an engine that is being restarted: to end the server then would end its streams
-    return "The engine is down." if float(up[1]) != 1 else f"The engine's last sign of life is {age:.0f} s old."
+    if float(up[1]) != 1:
+        return "The engine is down."
+    if age < 0:  # the clock was set back since, and nothing has come after that
+        return f"The engine's last sign of life is {-age:.0f} s ahead of the clock."
+    return f"The engine's last sign of life is {age:.0f} s old."
 
 
 def _get(port: int, path: str) -> tuple[int, str]:

@@ -39,6 +39,7 @@ class Wants:
     num_cached_tokens: bool = False
     prompt_logprobs: bool = False
     recomputed_at: bool = False
+    level_history: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def read_request(request: Any, limits: ParameterLimits) -> GenerateRequest:
     wants = Wants(**{name: _flag(arrays, f"return_{name}", False) for name in Wants.__dataclass_fields__})
     if wants.cumulative_logprob:
         sampling = msgspec.structs.replace(sampling, score=True)
+    if wants.level_history:
+        sampling = msgspec.structs.replace(sampling, history=True)
     return GenerateRequest(
         text=text,
         stream=stream,

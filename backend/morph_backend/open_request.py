@@ -14,12 +14,13 @@ from morph_runtime.text.assembler import OutputAssembler
 
 @dataclass(frozen=True)
 class Tokens:
-    """New tokens of one output from the engine, with the level of each; with log probabilities if asked for."""
+    """New tokens of one output from the engine, with the level of each; with what else was asked for."""
 
     tokens: list[int]
     levels: list[int]
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     output: int = 0
+    history: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Output:
     unsent_text: list[str] = field(default_factory=list)
     unsent_levels: list[int] = field(default_factory=list)
     unsent_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    unsent_history: list[tuple[int, int, int]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     """Sum over the tokens so far of the chosen token's log probability."""
 

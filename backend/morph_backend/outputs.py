@@ -26,6 +26,7 @@ class OutputNews:
         rung_tokens: tokens of the output so far by rung, weighted by layer.
         logprobs: of each token that is new in this response; None if the sampling parameter `logprobs` is unset.
         cumulative_logprob: of all tokens of the output so far.
+        history: what was computed for it since the last response: (first position, end, level).
     """
 
     text: str
@@ -34,6 +35,7 @@ class OutputNews:
     rung_tokens: Sequence[float]
     logprobs: Sequence[TokenLogprobs] | None = None
     cumulative_logprob: float = 0.0
+    history: Sequence[tuple[int, int, int]] = ()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,8 @@ def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[i
         tensors.append(_strings("prompt_logprobs", [json.dumps(told if told is None else [None, *told])]))
     if wants.recomputed_at:
         tensors.append(_numbers("recomputed_at", list(content.recomputed_at), np.int32))
+    if wants.level_history:
+        tensors.append(_strings("level_history", [json.dumps(list(o.history)) for o in outputs]))
     if wants.morph_level:
         tensors.append(_numbers("morph_level", [level for o in outputs for level in o.levels], np.int32))
     if wants.rung_share:

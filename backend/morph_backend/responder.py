@@ -95,6 +95,7 @@ class Responder:
         scores = new.logprobs[: delta.n_tokens]
         output.tokens.extend(new.tokens[: delta.n_tokens])
         output.unsent_logprobs.extend(scores)
+        output.unsent_history.extend(new.history)
         output.cumulative_logprob += sum(at.values[0] for at in scores)
         self._shares.add(output.rung_tokens, levels)
         output.unsent_levels.extend(levels)
@@ -114,6 +115,7 @@ class Responder:
                 rung_tokens=output.rung_tokens,
                 logprobs=None if given.sampling.logprobs is None else output.unsent_logprobs,
                 cumulative_logprob=output.cumulative_logprob,
+                history=output.unsent_history,
             )
             for output in request.outputs
         ]
@@ -126,6 +128,7 @@ class Responder:
         tensors = output_tensors(content, given.wants, self._spelling)
         for output in request.outputs:
             output.unsent_text, output.unsent_levels, output.unsent_logprobs = [], [], []
+            output.unsent_history = []
         return request.channel.send(tensors, final=final)
 
 

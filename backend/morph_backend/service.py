@@ -278,7 +278,7 @@ class Service:
         levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
         request.outputs[at].arrived += len(delta.tokens)
         self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
-        return Tokens(delta.tokens, levels, delta.logprobs, at)
+        return Tokens(delta.tokens, levels, delta.logprobs, at, delta.history)
 
     def on_stats(self, stats: EngineStats) -> None:
         """A snapshot."""

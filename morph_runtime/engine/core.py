@@ -16,6 +16,7 @@ import torch
 from morph_runtime.config import EngineConfig
 from morph_runtime.costs.correction import StepCorrection
 from morph_runtime.engine.batch import make_batch
+from morph_runtime.engine.histories import Histories
 from morph_runtime.engine.intake import Intake
 from morph_runtime.engine.messages import (
     EngineInfo,
@@ -119,6 +120,7 @@ class Engine:
         self._overlaps = parts.config.overlaps
         self._flight: Flight | None = None
         self._news = News()
+        self._histories = Histories()
         self._correction = StepCorrection(parts.costs) if parts.costs is not None else None
         parts.shifter.before_change(self.settle)
 
@@ -126,6 +128,8 @@ class Engine:
 
     def submit(self, message: Submit) -> None:
         """Take a request into the waiting line; the serving process has validated it."""
+        if message.sampling.history:
+            self._histories.begin(message.key)
         request = Request(
             key=message.key,
             tokens=[*message.prompt, *message.resumed],
@@ -141,6 +145,7 @@ class Engine:
     def cancel(self, key: int) -> None:
         """End a request; its blocks are free at once or after the step in flight. An unknown key has ended already."""
         request = self._parts.intake.cancel(key)
+        self._histories.end(key)
         if request is not None:
             if request.output_len:
                 # Stop strings are matched outside and end requests this way: their lengths count like any other's.
@@ -246,6 +251,7 @@ class Engine:
         previous = self._flight.launched if self._flight is not None else None
         launched = parts.runner.launch(batch, rows + scoring_rows(plan), previous)
         parts.scheduler.advance(plan)
+        self._histories.ran(plan, self.level)
         needs_values = any(map(NEEDS_VALUES, rows))
         predicted = self._correction.predict(self.level, batch) if self._correction is not None else 0.0
         return Flight(plan, sampling, launched, self.level, began, needs_values, predicted)
@@ -258,21 +264,25 @@ class Engine:
         if flight.needs_values:
             for request, detail in intake.failures(flight.sampling):
                 intake.cancel(request.key)
+                self._histories.end(request.key)
                 news.finished.append(Finished(request.key, "invalid", detail, request.preemptions))
         levels, scores, running = [flight.level], sampled.logprobs, RequestState.RUNNING
         tokens = sampled.tokens[: len(flight.sampling)]
         book_scores(flight.plan, scores, len(tokens))
+        told = self._histories.any_kept
         for row, (request, token) in enumerate(zip(flight.sampling, tokens, strict=True)):
             if request.state is running:  # else it has ended since the launch
                 own, request.prompt_scores = request.prompt_scores, []
                 score = [scores[row]] if row in scores else []
                 if len(request.tokens) == request.prompt_len + 1:
                     self._statistics.first_token(request, now)
-                news.tokens.append(TokenDelta(request.key, [token], levels, score, own))
+                history = self._histories.take(request.key) if told else []
+                news.tokens.append(TokenDelta(request.key, [token], levels, score, own, history))
         for request, reason in scheduler.resolve(flight.plan, tokens, flight.level):
             self._statistics.finished(request, now)
             news.finished.append(Finished(request.key, reason, "", request.preemptions))
             intake.forget(request.key)
+            self._histories.end(request.key)
         news.resolved = True
         self._steps += 1
         seconds = now - max(flight.began_s, self._resolved_s)

@@ -31,7 +31,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     `stop`, `include_stop_str_in_output`, `skip_special_tokens` and `bad_words` act on text and stay in the
     serving process, which adds `bad_word_ids`: the token sequences that the engine must not complete. So does
     `n`: the serving process makes that many requests of one.
-    `score` asks for the log probability of each chosen token even without `logprobs`.
+    `score` asks for the log probability of each chosen token even without `logprobs`, `history` for the
+    levels at which everything was computed.
     """
 
     max_tokens: int = 16
@@ -55,6 +56,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     score: bool = False
+    history: bool = False
     structured_outputs: StructuredOutputs | None = None
     n: int = 1
 
@@ -175,7 +177,9 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request, with the level at which each was computed.
 
     `logprobs` has one entry per token if the request asked for them, else none. `prompt_logprobs` comes with a
-    request's first token if it asked: one entry for each token of its prompt but the first.
+    request's first token if it asked: one entry for each token of its prompt but the first. `history` holds what was
+    computed since the last delta if the request asked: (first position, end, level) of prompt and output, see
+    `engine.histories`.
     """
 
     key: int
@@ -183,6 +187,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     levels: list[int]
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    history: list[tuple[int, int, int]] = []
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):

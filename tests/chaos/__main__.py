@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "triton")]
 
-from tests.chaos import plan, storm  # noqa: E402 - the test helpers must be found first
+import false_clock  # noqa: E402 - the test helpers must be found first
+from tests.chaos import plan, storm  # noqa: E402
 
 
 def main() -> int:
@@ -23,14 +24,18 @@ def main() -> int:
         "--faults", default=",".join(plan.FAULTS), help="comma-separated, of: " + ", ".join(plan.FAULTS)
     )
     parser.add_argument("--levels", choices=("fixed", "free"), default="fixed")
+    parser.add_argument("--clock", action="store_true", help="set the server's wall clock at random; needs libfaketime")
     parser.add_argument("--max-tokens", type=int, default=180)
     parser.add_argument("--json", type=Path, help="write the figures there")
     given = parser.parse_args()
+    if given.clock and false_clock.library() is None:
+        parser.error(f"--clock: {false_clock.MISSING}.")
     seed = storm.any_seed() if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)
     weather = storm.Weather(
-        seed, given.seconds, given.every, tuple(given.faults.split(",")), given.levels, given.max_tokens
-    )
+        seed, given.seconds, given.every, tuple(given.faults.split(",")), given.levels, given.max_tokens,
+        clock=given.clock,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         report = storm.storm(weather, Path(folder))
         print(*report.lines(), sep="\n", flush=True)

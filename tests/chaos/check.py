@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from morph_runtime.engine.kept import POISON
 from tests.chaos.plan import PROMPTS, Ask, samplings
+from tests.chaos.replay import NEAR_TIE, Replayer
 from tests.chaos.streams import Seen
 from triton_server import TritonServer
 from wire_client import post, until
 
 LAG_S = 5.0
 """By which the harness may notice later than the server that an engine has ended."""
-NEAR_TIE = 1e-3
-"""Two tokens whose log probabilities are closer than this may change places with the batch's shape (float32)."""
 
 
 @dataclass
@@ -64,12 +63,14 @@ class Verdict:
     left: int = 0
     ties: int = 0
     blamed: int = 0  # were alone in two engines in a row when these were struck as if by a defect of their own
-    shifted: int = 0  # streams with tokens of quantized layers: checked up to the first of them
+    shifted: list[Seen] = field(default_factory=list)
+    """Streams with tokens of quantized layers: compared up to the first of them, the rest is for the replay."""
+    replayed: int = 0  # tokens of these that a reference has computed again
     wrong: list[str] = field(default_factory=list)
 
     def judge(self, seen: Seen, reference: Reference, own_faults_s: Sequence[float]) -> None:
         """Check one stream; `own_faults_s` are the times at which an engine was ended as if by its own fault."""
-        name = f"{seen.ask.way}, {PROMPTS[seen.ask.prompt]!r}, {seen.ask.sampling}"
+        name = _name(seen)
         if seen.hung:
             self.wrong.append(f"hung: {name}, after {seen.text!r}")
         elif POISON in seen.error and sum(seen.began_s < at_s < seen.ended_s + LAG_S for at_s in own_faults_s) >= 2:
@@ -87,7 +88,7 @@ class Verdict:
         pure, whole = "", not seen.left
         for piece, levels in zip(seen.pieces, seen.levels, strict=True):
             if any(levels):
-                self.shifted += 1
+                self.shifted.append(seen)
                 whole = False
                 break
             pure += piece
@@ -99,6 +100,20 @@ class Verdict:
                 self.wrong.append(f"wrong text: {name}: {pure!r} instead of {reference.text!r}, from {place} on")
         if not seen.left and "stop" not in seen.ask.sampling and seen.tokens != seen.ask.sampling["max_tokens"]:
             self.wrong.append(f"{seen.tokens} tokens: {name}")
+
+    def replay(self, replayer: Replayer) -> None:
+        """Compute the streams that saw quantized layers again, token by token."""
+        for seen in self.shifted:
+            told = replace(seen.told, levels=[level for piece in seen.levels for level in piece])
+            result = replayer.check(PROMPTS[seen.ask.prompt], seen.ask.sampling, told)
+            self.replayed += result.compared
+            self.ties += result.ties
+            if result.wrong:
+                self.wrong.append(f"{_name(seen)}: {result.wrong}, {seen.told.runs}")
+
+
+def _name(seen: Seen) -> str:
+    return f"{seen.ask.way}, {PROMPTS[seen.ask.prompt]!r}, {seen.ask.sampling}"
 
 
 @dataclass(frozen=True)

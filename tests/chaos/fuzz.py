@@ -14,17 +14,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "triton")]
 
 from tests.chaos import check, storm  # noqa: E402 - the test helpers must be found first
+from tests.chaos.slopes import sample  # noqa: E402
 from triton_server import TritonServer  # noqa: E402
 from wire_client import generate  # noqa: E402
 
 CLIENTS = 4
+PARTS = 10
+"""After each of which memory is looked at."""
+PATIENCE_S = 600.0
+"""For one answer: some requests ask for all the tokens that there is room for, and the machine may be busy."""
 JSON_READER = re.compile(b"[Uu]nable to parse|[Ff]ailed to parse")
 """Words of Triton's HTTP frontend, which answers 500 when JSON is not what the model's inputs need; we never see it."""
 TEXTS = (
@@ -96,8 +101,8 @@ def fuzz(server: TritonServer, seed: int, requests: int, outcomes: Counter[str],
 
     def client(number: int) -> None:
         dice = Dice(f"{seed}/{number}")
-        connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=60)
-        for _ in range(requests // CLIENTS):
+        connection = http.client.HTTPConnection("127.0.0.1", server.http, timeout=PATIENCE_S)
+        for _ in range(max(1, requests // CLIENTS)):
             body = dice.body()
             try:
                 connection.request("POST", "/v2/models/morph/generate", body)
@@ -130,16 +135,22 @@ def run(folder: Path, seed: int, requests: int) -> tuple[Counter[str], list[str]
         fuzz(server, seed, min(200, requests), Counter(), wrong)  # what is made at first use
         check.wait_idle(server)
         first, began = check.footprint(server), time.monotonic()
-        fuzz(server, seed + 1, requests, outcomes, wrong)
+        memory: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        for part in range(1, PARTS + 1):
+            fuzz(server, seed + part, requests // PARTS, outcomes, wrong)
+            check.wait_idle(server)
+            for name, pid in check.processes(server).items():
+                taken = sample(pid, 0.0)
+                memory[name].append((round(taken.resident, 1), round(taken.anonymous, 1)))
         took_s = time.monotonic() - began
-        check.wait_idle(server)
         if server.metric("morph_engine_restarts_total"):
             wrong.append(f"the engine has ended: {server.output()[-2000:]}")
         if server.metric("morph_backend_errors_total"):
             wrong.append(f"defects in the serving process: {server.output()[-2000:]}")
         if generate(server, "Once upon a time", max_tokens=12, temperature=0)["text_output"] != before:
             wrong.append("the model says something else than before")
-        figures = {"seconds": round(took_s, 1), "before": str(first), "after": str(check.footprint(server))}
+        footprints = {"before": str(first), "after": str(check.footprint(server))}
+        figures = {"seconds": round(took_s, 1), **footprints, "resident_and_anonymous_mb_by_part": dict(memory)}
         if server.stop() != 0:
             wrong.append(f"exit status {server.process.returncode}")
     finally:

@@ -53,7 +53,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Fault:
-    """Something done to a process at `at_s`; `for_s` is how long it is stopped."""
+    """Something done to a process at `at_s`; `for_s` is how long it is stopped, or how far the clock is set off."""
 
     at_s: float
     what: str
@@ -97,4 +97,13 @@ def faults(seed: int, seconds: float, every_s: float, kinds: tuple[str, ...], si
         for_s = {"stop engine": dice.uniform(0.2, silence_s / 3), "stop stub": dice.uniform(0.2, 1.0)}.get(what, 0.0)
         planned.append(Fault(at, what, for_s))
         at += every_s * dice.uniform(0.8, 1.2) if len(set(kinds)) > 1 else every_s
+    return planned
+
+
+def jumps(seed: int, seconds: float, every_s: float) -> list[Fault]:
+    """When the server's wall clock is set, and how many seconds ahead of the true time (see `FalseClock.set`)."""
+    dice, at, planned = random.Random(f"clock {seed}"), every_s / 2, []
+    while at < seconds:
+        planned.append(Fault(at, "set clock", dice.choice((0, 1, 60, 3600, 86_400, 864_000))))
+        at += every_s * dice.uniform(0.5, 1.5)
     return planned

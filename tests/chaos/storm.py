@@ -10,11 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import false_clock
 from tests.chaos import check, plan, streams
-from triton_server import TritonServer, real_repository
+from tests.chaos.replay import Replayer
+from triton_server import ROOT, TritonServer, real_repository
 from wire_client import until
 
 MOST_CLIENTS = 10
@@ -33,6 +36,7 @@ class Weather:
         levels: `fixed` (full precision) or `free` (little KV cache, so that bursts bring shifts).
         max_tokens: of the longest requests.
         silence_s: after which a stopped engine counts as wedged.
+        clock: set the server's wall clock at random, as often as there are faults; needs libfaketime.
     """
 
     seed: int
@@ -42,6 +46,7 @@ class Weather:
     levels: str = "fixed"
     max_tokens: int = 180
     silence_s: int = 4
+    clock: bool = False
 
 
 @dataclass
@@ -70,7 +75,8 @@ class Report:
         yield f"seed {self.weather.seed}, {self.weather.seconds:g} s, levels {self.weather.levels}"
         yield (
             f"streams: {verdict.ended} ended, {verdict.left} left by their client, {len(verdict.wrong)} wrong; "
-            f"{verdict.shifted} saw quantized layers, {verdict.ties} near ties, "
+            f"{len(verdict.shifted)} saw quantized layers ({verdict.replayed} of their tokens computed again), "
+            f"{verdict.ties} near ties, "
             f"{verdict.blamed} blamed for two faults in a row"
         )
         yield f"faults: {', '.join(f'{self.done.count(what)} x {what}' for what in sorted(set(self.done))) or 'none'}"
@@ -88,6 +94,7 @@ class Report:
         return {
             "seed": self.weather.seed, "seconds": self.weather.seconds, "levels": self.weather.levels,
             "streams": self.verdict.ended, "left": self.verdict.left, "wrong": len(self.verdict.wrong),
+            "shifted": len(self.verdict.shifted), "replayed_tokens": self.verdict.replayed,
             "near_ties": self.verdict.ties, "blamed": self.verdict.blamed,
             "faults": {w: self.done.count(w) for w in sorted(set(self.done))},
             "restarts": self.restarts, "shifts": self.shifts, "start_s": round(self.start_s, 2),
@@ -109,23 +116,31 @@ def storm(weather: Weather, folder: Path) -> Report:
         "MORPH_MODE": "off" if weather.levels == "fixed" else "performance",
         "MORPH_MAX_NUM_SEQS": "16",
     }
+    clock = None
+    if weather.clock:
+        preload = false_clock.library()
+        assert preload is not None, false_clock.MISSING
+        clock = false_clock.FalseClock(folder, preload)
+        environment |= clock.environment
     began = time.monotonic()
     server = TritonServer(folder, environment)
     report = Report(weather)
     try:
         server.wait_ready(120).wait_metrics()
         report.start_s = time.monotonic() - began
-        _run(server, weather, report)
+        _run(server, weather, report, clock)
         if server.stop() != 0:
             report.complaints.append(f"the launcher's exit status is {server.process.returncode}")
         if left := [*server.family(), *server.shared_memory()]:
             report.complaints.append(f"left behind: {left}")
     finally:
         server.stop()
+    if report.verdict.shifted:
+        report.verdict.replay(Replayer.of_model(ROOT / "models" / "morph-demo"))
     return report
 
 
-def _run(server: TritonServer, weather: Weather, report: Report) -> None:
+def _run(server: TritonServer, weather: Weather, report: Report, clock: false_clock.FalseClock | None) -> None:
     known = check.references(server, weather.max_tokens)
     for way in sorted(set(plan.WAYS)):  # so that whatever is made at first use is there
         for _ in range(MOST_CLIENTS):
@@ -136,7 +151,7 @@ def _run(server: TritonServer, weather: Weather, report: Report) -> None:
     over = threading.Event()
     clients = Clients(server, weather, seen)
     ends_s: list[float] = []
-    wind = threading.Thread(target=_disturb, args=(server, weather, report, ends_s, over), daemon=True)
+    wind = threading.Thread(target=_disturb, args=(server, clock, report, ends_s, over), daemon=True)
     wind.start()
     clients.run()
     wind.join(60)
@@ -175,6 +190,7 @@ class Clients:
 
     def __init__(self, server: TritonServer, weather: Weather, seen: list[streams.Seen]) -> None:
         self._server, self._weather, self._seen = server, weather, seen
+        self._trace = weather.levels == "free"
         self._asks = plan.asks(weather.seed, weather.max_tokens)
         self._lock = threading.Lock()
         self._turn = threading.Condition()
@@ -207,23 +223,33 @@ class Clients:
                     return
             with self._lock:
                 ask = next(self._asks)
-            seen = streams.run(self._server, ask, 240.0 if ask.way == "generate" else 60.0)
+            seen = streams.run(self._server, ask, 240.0 if ask.way == "generate" else 60.0, self._trace)
             with self._lock:
                 self._seen.append(seen)
 
 
 def _disturb(
-    server: TritonServer, weather: Weather, report: Report, ends_s: list[float], over: threading.Event
+    server: TritonServer,
+    clock: false_clock.FalseClock | None,
+    report: Report,
+    ends_s: list[float],
+    over: threading.Event,
 ) -> None:
+    weather = report.weather
     if not weather.every_s:
         return
     began = time.monotonic()
     faults = plan.faults(weather.seed, weather.seconds, weather.every_s, weather.faults, weather.silence_s)
+    if clock is not None:
+        faults = sorted([*faults, *plan.jumps(weather.seed, weather.seconds, weather.every_s)], key=attrgetter("at_s"))
     for fault in faults:
         if over.wait(max(0.0, began + fault.at_s - time.monotonic())):
             return
-        pid = _find(server, "stub" if fault.what == "stop stub" else "engine")
         report.done.append(fault.what)
+        if clock is not None and fault.what == "set clock":
+            clock.set(int(fault.for_s))
+            continue
+        pid = _find(server, "stub" if fault.what == "stop stub" else "engine")
         if fault.what in DEADLY:
             ends_s.append(time.monotonic())
             report.ended_engines += 1

@@ -26,6 +26,7 @@ def load(name: str) -> ModuleType:
 
 check_host = load("check_host")
 lock_constraints = load("lock_constraints")
+audit = load("audit")
 
 
 class Facts:
@@ -187,3 +188,23 @@ def test_pins_that_differ_between_pythons_get_a_marker() -> None:
         'last==2 ; python_version >= "3.11"',
         'old==1 ; python_version == "3.10"',
     ]
+
+
+KNOWN = {"name": "a", "version": "1", "vulns": []}
+UNKNOWN = {"name": "b", "skip_reason": "Dependency not found"}
+BAD = {"name": "c", "version": "2", "vulns": [{"id": "X-1", "fix_versions": ["3"]}, {"id": "X-2", "fix_versions": []}]}
+
+
+@pytest.mark.parametrize(
+    "packages, status, said",
+    [
+        ([KNOWN, KNOWN], 0, "no vulnerability in 2 packages."),
+        ([KNOWN, UNKNOWN], 0, "no vulnerability in 1 packages; it does not know 1 others."),
+        ([KNOWN, BAD], 1, "1 of 2 packages have known vulnerabilities:\n  c 2: X-1, X-2 (mended in 3)"),
+        ([UNKNOWN, UNKNOWN], 2, "cannot be reached from here: it knows none of 2 packages."),
+        ([], 2, "cannot be reached"),
+    ],
+)
+def test_an_audit_that_nobody_answered_is_not_a_good_one(packages: list[Any], status: int, said: str) -> None:
+    found = audit.verdict(packages)
+    assert found[0] == status and said in found[1]

@@ -30,5 +30,9 @@ def test_what_is_wrong_is_one_sentence(page: str, said: str) -> None:
     assert said in page_complaint(page, 1040.5)
 
 
+def test_a_heartbeat_ahead_of_a_clock_that_was_set_back_does_not_hide_a_dead_engine() -> None:
+    assert "3600 s ahead of the clock" in page_complaint(PAGE, 1000.5 - 3600)
+
+
 def test_no_server_at_all() -> None:
     assert complaint_of({"MORPH_HTTP_PORT": "1"}).startswith("Triton does not answer:")

@@ -32,6 +32,7 @@ OPTIONAL: dict[str, tuple[Any, str]] = {
     "num_cached_tokens": (np.uint32, "1"),
     "prompt_logprobs": (np.object_, "1"),
     "recomputed_at": (np.int32, "events"),
+    "level_history": (np.object_, "n"),
 }
 """Type and shape: one per output, one in all, one per new token, one per event (none here), or a scalar."""
 

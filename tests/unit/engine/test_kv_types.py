@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from engine.conftest import run_all, submit
-from engine.test_oracle import Ledger, Moved, Ran, oracle_for, record, scripted_levels
+from engine.test_oracle import Ledger, Moved, Ran, record, scripted_levels
 from morph_runtime.config import EngineConfig
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention_cpu import CpuPagedAttention
 from morph_runtime.pack.make import make_pack
+from tests.oracle import oracle_for
 
 if TYPE_CHECKING:
     from engine.conftest import EngineFactory

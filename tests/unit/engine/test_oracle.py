@@ -13,16 +13,16 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from engine.conftest import run_all, submit
 from morph_runtime.scheduler import StepPlan
+from tests.oracle import DenseRequest, Oracle, oracle_for, weights_of
 from weights.awq_packer import make_awq
 
 if TYPE_CHECKING:
@@ -31,15 +31,6 @@ if TYPE_CHECKING:
 
 ABSOLUTE_TOLERANCE = 2e-3
 """On logits of magnitude ~10; float32 rounding through four layers stays an order below it."""
-HEADS, HEAD_DIM, EPS, THETA = 4, 32, 1e-6, 10000.0
-
-
-@dataclass
-class DenseRequest:
-    """Keys and values of one request, per layer: [tokens, kv_heads, head_dim]."""
-
-    keys: dict[int, torch.Tensor] = field(default_factory=dict)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -60,75 +51,6 @@ class Moved:
     """Blocks that the engine copied: (source, target)."""
 
     pairs: list[tuple[int, int]]
-
-
-class Oracle:
-    """Replays slices at given rungs."""
-
-    def __init__(
-        self,
-        folder: Path,
-        linears: Callable[[int, str], dict[str, torch.Tensor]],
-        stored: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
-    ) -> None:
-        """`stored` says what a cache makes of keys or values [tokens, kv_heads, head_dim]."""
-        self._weights = load_file(folder / "model.safetensors")
-        self._linears = linears
-        self._stored = stored
-        self.requests: dict[int, DenseRequest] = {}
-
-    def replay(self, key: int, tokens: list[int], start: int, rungs: tuple[str, ...]) -> torch.Tensor:
-        """Logits [vocab] after `tokens`, which stand at positions `start`.. of request `key`."""
-        if start == 0:  # also after a preemption: everything is computed anew
-            self.requests[key] = DenseRequest()
-        state = self.requests[key]
-        x = self._weights["model.embed_tokens.weight"][tokens]
-        positions = torch.arange(start, start + len(tokens))
-        for layer, rung in enumerate(rungs):
-            x = self._layer(x, positions, layer, self._linears(layer, rung), state)
-        x = self._norm(x[-1], self._weights["model.norm.weight"])
-        return self._weights["model.embed_tokens.weight"] @ x
-
-    def _layer(
-        self, x: torch.Tensor, positions: torch.Tensor, layer: int, w: dict[str, torch.Tensor], state: DenseRequest
-    ) -> torch.Tensor:
-        h = self._norm(x, w["input_norm"])
-        qkv = h @ w["qkv"].T
-        kv_heads = (qkv.shape[-1] // HEAD_DIM - HEADS) // 2
-        q, k, v = qkv.view(len(x), -1, HEAD_DIM).split([HEADS, kv_heads, kv_heads], dim=1)
-        q, k = self._rope(q, positions), self._rope(k, positions)
-        k, v = self._stored(k), self._stored(v)
-        if layer in state.keys:
-            k, v = torch.cat([state.keys[layer], k]), torch.cat([state.values[layer], v])
-        state.keys[layer], state.values[layer] = k, v
-        k, v = (t.repeat_interleave(HEADS // kv_heads, dim=1) for t in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / HEAD_DIM**0.5
-        visible = torch.arange(k.shape[0])[None, :] <= positions[:, None]
-        weights = scores.masked_fill(~visible, float("-inf")).softmax(-1)
-        attended = torch.einsum("hqk,khd->qhd", weights, v).reshape(len(x), -1)
-        x = x + attended @ w["o"].T
-        h = self._norm(x, w["post_norm"])
-        gate, up = (h @ w["gate_up"].T).chunk(2, dim=-1)
-        return x + (torch.nn.functional.silu(gate) * up) @ w["down"].T
-
-    @staticmethod
-    def _norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
-
-    @staticmethod
-    def _rope(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        frequencies = THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        angles = positions[:, None, None] * frequencies
-        first, second = x.chunk(2, dim=-1)
-        cos, sin = angles.cos(), angles.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def weights_of(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
-    """Copies of a layer's norms and of what each linear multiplies with at its present rung: float32 [out, in]."""
-    bound = engine.parts.swapper.layers[layer]
-    linears = {part.shape.name: part.dequantize().clone() for part in bound.linears}
-    return {**linears, "input_norm": bound.input_norm.clone(), "post_norm": bound.post_norm.clone()}
 
 
 def record(engine: Engine, log: list[Ran | Moved]) -> None:
@@ -223,20 +145,6 @@ class Ledger:
         for layer in range(len(ran.rungs)):
             given = torch.stack([content.rows[layer][0] for content in contents])
             torch.testing.assert_close(given, self._oracle.requests[anew].keys[layer], atol=1e-4, rtol=1e-4)
-
-
-def oracle_for(
-    engine: Engine, folder: Path, stored: Callable[[torch.Tensor], torch.Tensor] = lambda values: values
-) -> Oracle:
-    """An oracle with what the engine's layers multiply with at each of its levels."""
-    dequantized = {}
-    for level in range(len(engine.parts.capacities)):
-        engine.set_level(level)
-        for layer, rung in enumerate(engine.parts.swapper.rungs):
-            if (layer, rung) not in dequantized:
-                dequantized[layer, rung] = weights_of(engine, layer)
-    engine.set_level(0)
-    return Oracle(folder, lambda layer, rung: dequantized[layer, rung], stored)
 
 
 def scripted_levels(engine: Engine) -> Callable[[int], None]:
