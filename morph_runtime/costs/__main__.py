@@ -9,28 +9,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from morph_runtime.command import run_command
 from morph_runtime.config import EngineConfig, resolve_model_folder
 from morph_runtime.costs.engine_profile import profile_document
 from morph_runtime.costs.held_out import check_held_out
 from morph_runtime.costs.measure import measure
 from morph_runtime.engine.build import build_parts
 from morph_runtime.engine.core import Engine
-from morph_runtime.errors import ConfigError, MorphError
-
-EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
+from morph_runtime.errors import ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. What a user can mend is one sentence on standard error."""
     options = _parser().parse_args(arguments)
-    try:
-        _measure(options)
-    except MorphError as error:
-        print(f"morph: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+    return run_command(lambda: _measure(options))
 
 
 def _measure(options: argparse.Namespace) -> None:

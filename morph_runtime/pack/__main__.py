@@ -11,30 +11,19 @@ from pathlib import Path
 
 import torch
 
+from morph_runtime.command import run_command
 from morph_runtime.config import RUNGS, EngineConfig
-from morph_runtime.errors import ConfigError, MorphError
+from morph_runtime.errors import ConfigError
 from morph_runtime.pack.make import make_pack
 from morph_runtime.pack.manifest import is_pack
 from morph_runtime.pack.reader import PackReader
-
-EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. What a user can mend is one sentence on standard error."""
     options = _parser().parse_args(arguments)
     torch.set_num_threads(max(1, os.cpu_count() or 1))
-    try:
-        if options.verify:
-            _verify(options)
-        else:
-            _make(options)
-    except MorphError as error:
-        print(f"morph: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    return 0
+    return run_command(lambda: (_verify if options.verify else _make)(options))
 
 
 def _make(options: argparse.Namespace) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from morph_runtime import __version__
-from morph_runtime.errors import ConfigError, MorphError
+from morph_runtime.command import run_command
+from morph_runtime.errors import ConfigError
 from morph_runtime.profile.importance import PAPER_WEIGHTS, find_order
 from morph_runtime.profile.levels import Selection, choose, parse_ladder, parse_levels, report
 from morph_runtime.profile.order_file import (
@@ -27,23 +28,11 @@ from morph_runtime.profile.order_file import (
 from morph_runtime.profile.session import Session, SessionOptions, open_session
 from morph_runtime.profile.weights import Form
 
-EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. What a user can mend is one sentence on standard error."""
     options = _parser().parse_args(arguments)
-    try:
-        (_quality if options.command == "quality" else _profile)(options)
-    except MorphError as error:
-        print(f"morph: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    finally:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    return 0
+    return run_command(lambda: (_quality if options.command == "quality" else _profile)(options), shows_progress=True)
 
 
 def _quality(options: argparse.Namespace) -> None:

@@ -12,32 +12,22 @@ from dataclasses import replace
 from pathlib import Path
 
 from morph_runtime import __version__
+from morph_runtime.command import run_command
 from morph_runtime.config import MODES, EngineConfig, MorphSettings, validate
-from morph_runtime.errors import ConfigError, MorphError
+from morph_runtime.errors import ConfigError
 from morph_runtime.simulate.arrivals import read_arrivals
 from morph_runtime.simulate.autoscaler import ScalerSettings
 from morph_runtime.simulate.engine_profile import read_profile
 from morph_runtime.simulate.pilot import SignalPath, quiet_controller
 from morph_runtime.simulate.study import AUTO, SWEEPS, Study, run_study
 
-EXIT_USAGE, EXIT_FAILURE, EXIT_INTERRUPTED = 2, 1, 130
 MAX_SERVERS = 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; the exit status. What a user can mend is one sentence on standard error."""
     options = _parser().parse_args(arguments)
-    try:
-        _simulate(options)
-    except MorphError as error:
-        print(f"morph: {error}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILURE
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
-    finally:
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-    return 0
+    return run_command(lambda: _simulate(options), shows_progress=True)
 
 
 def _simulate(options: argparse.Namespace) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 from morph_client.address import DEFAULT_URL, GRPC_PORT, METRICS_PORT
 from morph_client.errors import BadInput, Cancelled, InvalidRequest, MissingDependency, MorphError
+from morph_client.report import files
 from morph_client.server_process import StartFailed
 
 EXIT_USAGE = 2
@@ -124,3 +126,15 @@ def _status(error: MorphError) -> int:
     if isinstance(error, (BadInput, InvalidRequest, MissingDependency)):
         return EXIT_USAGE
     return EXIT_INTERRUPTED if isinstance(error, Cancelled) else EXIT_FAILURE
+
+
+def write_report(out: Path, report: dict[str, Any], write_png: Callable[[dict[str, Any], Path], None]) -> None:
+    """Writes ``report`` to ``out`` and its picture beside it, if it can be drawn here, and says what there is."""
+    files.write_json(out, report)
+    written = [out]
+    try:
+        write_png(report, out.with_suffix(".png"))
+        written.append(out.with_suffix(".png"))
+    except MissingDependency as error:
+        stderr().print(str(error), style="yellow", markup=False)
+    stdout().print("Written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import typer
 
-from morph_client.cli.common import stderr, stdout
+from morph_client.cli.common import stdout, write_report
 from morph_client.cli.server_part import run_module
-from morph_client.errors import MissingDependency
 from morph_client.report import files, quality_plot, quality_table
 
 MEASURER = "morph_runtime.profile"
@@ -49,13 +48,5 @@ def quality(
         report = json.loads(result.read_text(encoding="utf-8"))
     stdout().print(quality_table.describe(report), style="dim", soft_wrap=True)
     stdout().print(quality_table.render(report))
-    if out is None:
-        return
-    files.write_json(out, report)
-    written = [out]
-    try:
-        quality_plot.write_png(report, out.with_suffix(".png"))
-        written.append(out.with_suffix(".png"))
-    except MissingDependency as error:
-        stderr().print(str(error), style="yellow", markup=False)
-    stdout().print("Written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
+    if out is not None:
+        write_report(out, report, quality_plot.write_png)

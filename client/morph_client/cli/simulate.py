@@ -10,9 +10,8 @@ from typing import Annotated
 import typer
 
 from morph_client.cli import replay_options as options
-from morph_client.cli.common import stderr, stdout
+from morph_client.cli.common import stdout, write_report
 from morph_client.cli.server_part import run_module
-from morph_client.errors import MissingDependency
 from morph_client.replay_plan import Cuts
 from morph_client.report import files, simulate_plot, simulate_table
 from morph_client.trace_store import find_trace
@@ -82,13 +81,5 @@ def simulate(
     stdout().print(simulate_table.describe(report), style="dim", soft_wrap=True)
     for table in simulate_table.render(report):
         stdout().print(table)
-    if out is None:
-        return
-    files.write_json(out, report)
-    written = [out]
-    try:
-        simulate_plot.write_png(report, out.with_suffix(".png"))
-        written.append(out.with_suffix(".png"))
-    except MissingDependency as error:
-        stderr().print(str(error), style="yellow", markup=False)
-    stdout().print("Written: " + ", ".join(map(str, written)), soft_wrap=True, markup=False)
+    if out is not None:
+        write_report(out, report, simulate_plot.write_png)

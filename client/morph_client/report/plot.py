@@ -98,7 +98,7 @@ def _draw(picture: Picture, theme: Theme) -> Any:
     return figure
 
 
-def plain_axis(axis: Any, theme: Theme) -> None:
+def style_axis(axis: Any, theme: Theme) -> None:
     """A horizontal grid, a bottom line, nothing else."""
     axis.set_facecolor("none")
     axis.grid(axis="y", color=theme.grid, linewidth=0.8)
@@ -107,6 +107,11 @@ def plain_axis(axis: Any, theme: Theme) -> None:
     for side, spine in axis.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(theme.muted)
+
+
+def plain_axis(axis: Any, theme: Theme) -> None:
+    """`style_axis`, with few whole numbers on the left."""
+    style_axis(axis, theme)
     axis.yaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(nbins=4, integer=True))
 
 

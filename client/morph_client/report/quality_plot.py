@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from morph_client.palette import ACCENT, RUNG_STYLE, Theme, light
-from morph_client.report.plot import require_matplotlib
+from morph_client.report.plot import require_matplotlib, style_axis
 from morph_client.report.quality_table import describe, series_name
 
 _WIDTH_IN, _HEIGHT_IN = 10.0, 8.6
@@ -52,7 +52,7 @@ def write_png(report: Mapping[str, Any], path: Path, theme: Theme | None = None)
     axes = figure.subplots(len(_PANELS), 1, sharex=True)
     figure.subplots_adjust(left=0.075, right=0.98, top=0.84, bottom=0.075, hspace=0.3)
     for axis, panel in zip(axes, _PANELS, strict=True):
-        _style(axis, theme)
+        style_axis(axis, theme)
         axis.set_title(panel.title, loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold")
         for one, colour, width in _styled(report["series"], theme):
             _line(axis, report, one, panel, colour, width)
@@ -92,13 +92,3 @@ def _line(
     if any(errors) and width > _THIN:
         low, high = ([v + sign * e for v, e in zip(values, errors, strict=True)] for sign in (-1, 1))
         axis.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
-
-
-def _style(axis: Any, theme: Theme) -> None:
-    axis.set_facecolor("none")
-    axis.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=theme.muted, labelsize=9.5, length=0)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.muted)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from morph_client.palette import ACCENT, RUNG_STYLE, Theme, light
-from morph_client.report.plot import require_matplotlib
+from morph_client.report.plot import require_matplotlib, style_axis
 from morph_client.report.simulate_table import describe
 
 _WIDTH_IN, _PANEL_IN, _HEAD_IN, _FOOT_IN = 10.0, 1.75, 1.15, 0.62
@@ -40,7 +40,7 @@ def write_png(report: Run, path: Path, theme: Theme | None = None) -> None:
     colours = _colours(report["runs"])
     end = max(run["timeline"]["at_s"][-1] for run in report["runs"])
     for axis, panel in zip(axes, panels, strict=True):
-        _style(axis, theme)
+        style_axis(axis, theme)
         axis.set_title(_TITLES[panel], loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold")
         for begin, stop in report["bursts"]:
             axis.axvspan(begin, stop, color=theme.burst, linewidth=0, zorder=0)
@@ -101,13 +101,3 @@ def _head(figure: Any, report: Run, colours: Mapping[str, str], theme: Theme, he
         loc="upper left", bbox_to_anchor=(0.067, 1 - 0.66 / height), ncols=6, frameon=False, fontsize=9,
         labelcolor=theme.text, borderpad=0, handlelength=1.1, handleheight=0.35,
     )  # fmt: skip
-
-
-def _style(axis: Any, theme: Theme) -> None:
-    axis.set_facecolor("none")
-    axis.grid(axis="y", color=theme.grid, linewidth=0.8)
-    axis.set_axisbelow(True)
-    axis.tick_params(colors=theme.muted, labelsize=9.5, length=0)
-    for side, spine in axis.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(theme.muted)
