@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,17 +203,17 @@ def measure(given: argparse.Namespace, report: Report, phases: set[str]) -> None
     static_batches.batch_row(bench.driver, min(8, bench.scale.batch), bench.scale.prompt, 16)
     for name, phase in FIRST.items():
         if name in phases:
-            one(name, lambda phase=phase: phase(bench), result, name)
+            one(name, partial(phase, bench), result, name)
     for rung, level in bench.levels.items():
         place = result.setdefault(rung, {})
         for name, work in BY_RUNG.items():
             if name in phases:
                 bench.engine.set_level(level)
-                one(f"{rung} {name}", lambda work=work, rung=rung: work(bench, rung), place, name)
+                one(f"{rung} {name}", partial(work, bench, rung), place, name)
     for name, phase in LAST.items():
         if name in phases:
-            one(name, lambda phase=phase: phase(bench), result, name)
-    one("integrity", lambda: bench.engine.check_integrity(), result, "integrity")
+            one(name, partial(phase, bench), result, name)
+    one("integrity", bench.engine.check_integrity, result, "integrity")
     result["nvml_end_mib"] = bench.memory.used_bytes() / 2**20
     bench.engine.close()
 
@@ -244,10 +245,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[logging.StreamHandler(), notes])
     report.result["notes"] = notes.lines
     if phases - set(CHILDREN):
-        report.attempt("engine", lambda: measure(given, report, phases), {}, "")
+        report.attempt("engine", partial(measure, given, report, phases), {}, "")
     for name, extra in CHILDREN.items():
         if name in phases:
-            report.attempt(name, lambda extra=extra: elsewhere(given, extra), report.result, name)
+            report.attempt(name, partial(elsewhere, given, extra), report.result, name)
     failed = report.result["failed"]
     print("seconds", json.dumps(report.result["seconds"]), flush=True)
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -51,11 +52,11 @@ def side_ms(events: list[Event]) -> float:
 
 def by_kernel(events: list[Event], steps: int) -> dict[str, list[float]]:
     """The kernels that take most: calls and us in a step."""
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     calls = Counter(event[3] for event in events)
     for _, duration, _, name in events:
         total[name] += duration
-    return {name: [calls[name] / steps, us / steps] for name, us in total.most_common(16)}
+    return {name: [calls[name] / steps, us / steps] for name, us in sorted(total.items(), key=itemgetter(1))[-16:]}
 
 
 def trace(bench: Bench, layers_down: int = 4) -> dict[str, Any]:
