@@ -29,10 +29,7 @@ Devices = Callable[..., tuple[EngineParts, PaddingDevice]]
 @pytest.fixture(scope="module")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of long contexts."""
-    folder = make_model(tmp_path_factory.mktemp("long"), kv_heads=2)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4096}))
-    return folder
+    return make_model(tmp_path_factory.mktemp("long"), kv_heads=2, positions=4096)
 
 
 @pytest.fixture
