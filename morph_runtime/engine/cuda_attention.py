@@ -1,12 +1,12 @@
 """The attention of a step on a GPU: decodes by one kernel, prefill chunks by another, over the step's inputs.
 
-What is launched depends on the step's padded size alone; which sequences have how many tokens is read on the device.
-So every step can be captured in a CUDA graph.
+What is launched depends on the step's padded size and its room alone; which sequences have how many tokens is read on
+the device. So every step can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +20,26 @@ from morph_runtime.kernels.cuda.attention_prefill import most_tiles, prefill, pr
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.models.cuda_decoder import Attend
 from morph_runtime.weights.spec import ModelSpec
+
+
+class Room(NamedTuple):
+    """Places in a step's attention; a program looks at each, taken or not."""
+
+    decodes: int
+    """Sequences of one token."""
+    chunks: int
+    """Sequences of several."""
+
+
+ROOMS = (Room(32, 8), Room(128, 32))
+"""Besides places for all: at 2,048 tokens idle places for 256 sequences cost 5 % of a step at W8."""
+
+
+def rooms(size: int, sequences: int) -> tuple[Room, ...]:
+    """The rooms that a step of `size` tokens comes in, ascending; the last one holds any of up to `sequences`."""
+    all_of_them = (*ROOMS, Room(sequences, sequences))
+    fitted = [Room(min(r.decodes, size, sequences), min(r.chunks, size // 2, sequences)) for r in all_of_them]
+    return tuple(dict.fromkeys(fitted))
 
 
 class StepAttention:
@@ -43,21 +63,29 @@ class StepAttention:
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._tile_tokens = tile_tokens(spec.heads, spec.kv_heads, spec.head_dim, dtype.itemsize)
         self._sequences = inputs.tensors["contexts"].shape[0]
-        plain = ((rows, self._splits(rows)) for rows in range(1, self._sequences + 1))
-        planned = (self._sequences, self._planned_splits(self._sequences))
-        floats = max(decode_workspace_floats(n, spec.heads, spec.head_dim, splits) for n, splits in (*plain, planned))
+        floats = max(
+            decode_workspace_floats(rows, spec.heads, spec.head_dim, self._splits(rows))
+            for rows in range(1, self._sequences + 1)
+        )
         self._workspace = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
         tokens = inputs.tensors["token_ids"].shape[0]
         self.attended = torch.zeros(tokens, spec.heads * spec.head_dim, dtype=dtype, device=device)
         """[max tokens, heads * head_dim]: what `planned` wrote last; rows of no sequence hold anything finite"""
 
-    def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]], size: int) -> None:
+    def rooms(self, size: int) -> tuple[Room, ...]:
+        """See `rooms`."""
+        return rooms(size, self._sequences)
+
+    def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]], size: int) -> Room:
         """Write what a step that is no batch of decodes needs besides the tables.
 
         Args:
             batch: the step.
             host: the inputs' arrays; starts, picks of the decodes and tiles of the chunks are written.
             size: tokens that the step is padded to.
+
+        Returns:
+            The smallest room that holds the step; any larger one does too.
         """
         lengths = batch.lengths
         ends = np.cumsum(lengths, dtype=np.int32)
@@ -65,7 +93,8 @@ class StepAttention:
         host["starts"][0] = 0
         host["starts"][1 : sequences + 1] = ends
         decodes = np.flatnonzero(lengths == 1)
-        picks, tiles = host["picks"][: self._picks(size)], host["tiles"][: self._tiles(size)]
+        all_rooms = self.rooms(size)
+        picks, tiles = host["picks"][: all_rooms[-1].decodes], host["tiles"][: self._tiles(size, all_rooms[-1])]
         picks[: len(decodes), 0] = decodes
         picks[: len(decodes), 1] = ends[decodes] - 1
         picks[len(decodes) :] = (0, -1)
@@ -74,6 +103,7 @@ class StepAttention:
         if listed:
             tiles[: len(listed)] = listed
         tiles[len(listed) :] = (-1, 0)
+        return next(room for room in all_rooms if len(decodes) <= room.decodes and len(chunks) <= room.chunks)
 
     def decodes(self, rows: int) -> Attend:
         """The attention of a step of `rows` decodes, padding included."""
@@ -90,12 +120,12 @@ class StepAttention:
 
         return attend
 
-    def planned(self, size: int) -> Attend:
+    def planned(self, size: int, room: Room) -> Attend:
         """The attention of a step as `plan` has it, padded to `size` tokens; it writes `attended`."""
         tensors = self._inputs.tensors
         out = self.attended[:size]
-        picks, tiles = tensors["picks"][: self._picks(size)], tensors["tiles"][: self._tiles(size)]
-        splits = self._planned_splits(len(picks))
+        picks, tiles = tensors["picks"][: room.decodes], tensors["tiles"][: self._tiles(size, room)]
+        splits = self._splits(room.decodes)
 
         def attend(q: Tensor, layer: int, window: int) -> Tensor:
             k_cache, v_cache = self._k[layer], self._v[layer]
@@ -111,17 +141,8 @@ class StepAttention:
 
         return attend
 
-    def _picks(self, size: int) -> int:
-        """Decodes that a step of so many tokens may have."""
-        return min(size, self._sequences)
-
-    def _tiles(self, size: int) -> int:
-        """Tiles that a step of so many tokens may have."""
-        return most_tiles(size, self._sequences, self._tile_tokens)
+    def _tiles(self, size: int, room: Room) -> int:
+        return most_tiles(size, room.chunks, self._tile_tokens)
 
     def _splits(self, rows: int) -> int:
         return decode_splits(rows, self._spec.kv_heads, self.max_context, self._processors)
-
-    def _planned_splits(self, picks: int) -> int:
-        """Parts of a context where up to `picks` decodes keep chunks company: as if every second was there."""
-        return self._splits(max(picks // 2, 1))

@@ -51,6 +51,15 @@ def step_sizes(max_tokens: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def coarse_steps(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Those of `step_sizes` whose layers have graphs of their own: few, for a graph takes 160 KB, however short."""
+    kept = [sizes[-1]]
+    for size in reversed(sizes[:-1]):
+        if 3 * size <= 2 * kept[-1] and size > STEP_SIZES[0]:
+            kept.append(size)
+    return tuple(reversed(kept))
+
+
 def next_size(sizes: Sequence[int], count: int) -> int:
     """The smallest of ascending `sizes` that holds `count`; 0: none does."""
     at = bisect_left(sizes, count)

@@ -2,8 +2,8 @@
 
 A step of decodes is `embed`, a `decode_layer` for each layer and `head`, all at the padded batch size; `decode_step` is
 these in one. Any other step is `embed`, a `layer` for each layer but the last and `last_attention`, all at the padded
-number of tokens, then `tail` over the rows whose next token is wanted: the last layer's rest for few rows is much less
-work than for all.
+number of tokens; `step` is these in one. Then comes `tail` over the rows whose next token is wanted: the last layer's
+rest for few rows is much less work than for all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from morph_runtime.engine.cuda_attention import StepAttention
+from morph_runtime.engine.cuda_attention import Room, StepAttention
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.kernels.cuda.sample import sample
 from morph_runtime.models.cuda_decoder import CudaDecoder, StepTensors
@@ -64,14 +64,23 @@ class StepPieces:
         """The logits [size, vocab] of the first tokens; `delta` [size, hidden] of the last layer is added."""
         return self.decoder.head(self._hidden[:size], delta)
 
-    def layer(self, size: int, layer: LayerWeights) -> None:
+    def layer(self, size: int, room: Room, layer: LayerWeights) -> None:
         """One layer of a step of `size` tokens, as planned (`StepAttention.plan`)."""
-        hidden = self._hidden[:size]
-        hidden.add_(self.decoder.layer(layer, self._step(size), hidden, None, self.attention.planned(size)))
+        hidden, attend = self._hidden[:size], self.attention.planned(size, room)
+        hidden.add_(self.decoder.layer(layer, self._step(size), hidden, None, attend))
 
-    def last_attention(self, size: int, layer: LayerWeights) -> None:
+    def last_attention(self, size: int, room: Room, layer: LayerWeights) -> None:
         """The last layer's attention of a step of `size` tokens; it stays in `StepAttention.attended`."""
-        self.decoder.attention(layer, self._step(size), self._hidden[:size], None, self.attention.planned(size))
+        self.decoder.attention(layer, self._step(size), self._hidden[:size], None, self.attention.planned(size, room))
+
+    def step(self, size: int, room: Room, layers: Sequence[LayerWeights]) -> None:
+        """A whole step of `size` tokens, up to the last layer's attention."""
+        self.embed(size)
+        step, hidden, attend = self._step(size), self._hidden[:size], self.attention.planned(size, room)
+        delta: Tensor | None = None
+        for layer in layers[:-1]:
+            delta = self.decoder.layer(layer, step, hidden, delta, attend)
+        self.decoder.attention(layers[-1], step, hidden, delta, attend)
 
     def tail(self, rows: int, layer: LayerWeights) -> Tensor:
         """What is behind `last_attention`, for the first `rows` of the tokens in `logits_at`: logits [rows, vocab]."""

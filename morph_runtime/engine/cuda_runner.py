@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morph_runtime.engine.cuda_graphs import GraphSet, coarse_sizes, graph_sizes, next_size, step_sizes
+from morph_runtime.engine.cuda_attention import Room
+from morph_runtime.engine.cuda_graphs import GraphSet, coarse_sizes, coarse_steps, graph_sizes, next_size, step_sizes
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.engine.cuda_pieces import StepPieces
 from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
@@ -27,7 +28,7 @@ from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampled, Sampler
 from morph_runtime.weights.bound import LayerWeights
 
-SAMPLER_ROWS = 64
+SAMPLER_ROWS = 32
 """Rows that the host's sampler takes at a time: bounds the float32 scores."""
 RESULTS = 2
 """Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
@@ -86,6 +87,7 @@ class CudaRunner(StepRunner):
         self._batch_sizes = graph_sizes(most)
         self._row_sizes = coarse_sizes(self._batch_sizes)
         self._step_sizes = step_sizes(pieces.max_tokens)
+        self._coarse_steps = coarse_steps(self._step_sizes)
         self._results = [torch.zeros(most, dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
         self._turn = 0
 
@@ -100,10 +102,20 @@ class CudaRunner(StepRunner):
         # Rows that score a prompt come last, whichever sequence they are of: only with them is another order.
         decodes = batch.all_decodes and len(rows) == batch.num_sequences
         decodes = decodes and (plain or bool((np.diff(batch.logits_at) > 0).all()))
-        size = self._decode_size(len(rows), plain) if decodes else next_size(self._step_sizes, batch.num_tokens)
-        self._fill(batch, rows, size, planned=not decodes)
+        rungs = self._swapper.rungs
+        rung = rungs[0] if len(set(rungs)) == 1 else None
+        if decodes:
+            size = self._decode_size(len(rows), rung)
+            self._fill(batch, rows, size)
+        else:
+            size = next_size(self._coarse_steps if rung is None else self._step_sizes, batch.num_tokens)
+            room = self._fill(batch, rows, size, planned=True)
         with torch.inference_mode():
-            logits = self._decode(size, plain) if decodes else self._step(size, len(rows), plain)
+            if decodes:
+                logits = self._decode(size, rung, plain)
+            else:
+                assert room is not None
+                logits = self._step(size, room, rung, len(rows), plain)
             if logits is not None and rows:
                 return Done(self._sample_both(logits[: len(rows)], rows))
             self._turn = (self._turn + 1) % RESULTS
@@ -121,8 +133,8 @@ class CudaRunner(StepRunner):
 
     # -- what a step enqueues ------------------------------------------------------------------------------------
 
-    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], size: int, *, planned: bool) -> None:
-        """Write the inputs, padded to `size` tokens, and send them on their way."""
+    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], size: int, *, planned: bool = False) -> Room | None:
+        """Write the inputs, padded to `size` tokens, and send them on their way; the room of what is `planned`."""
         host, count, sequences = self._inputs.host(), batch.num_tokens, batch.num_sequences
         for name, values, padding in (
             ("token_ids", batch.token_ids, 0), ("positions", batch.positions, 0), ("slots", batch.slots, -1),
@@ -138,24 +150,22 @@ class CudaRunner(StepRunner):
             host["temperatures"][: len(rows)] = [row.params.temperature if row.draws else 0.0 for row in rows]
             host["seeds"][: len(rows)] = [row.draw_seed for row in rows]
             host["draws"][: len(rows)] = [row.output_len for row in rows]
-        if planned:
-            self._pieces.attention.plan(batch, host, size)
+        room = self._pieces.attention.plan(batch, host, size) if planned else None
         self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)))
+        return room
 
-    def _decode_size(self, rows: int, plain: bool) -> int:
+    def _decode_size(self, rows: int, rung: Rung | None) -> int:
         """What a batch of decodes is padded to."""
         if self._graphs is None:
             return rows
-        fine = plain and all(rung == "full" for rung in self._swapper.rungs)
-        return next_size(self._batch_sizes if fine else self._row_sizes, rows)
+        return next_size(self._batch_sizes if rung == "full" else self._row_sizes, rows)
 
-    def _decode(self, size: int, plain: bool) -> Tensor | None:
-        """A step of decodes; the logits unless `plain`."""
+    def _decode(self, size: int, rung: Rung | None, plain: bool) -> Tensor | None:
+        """A step of decodes with all layers at `rung`, or at several (None); the logits unless `plain`."""
         pieces, layers = self._pieces, self._swapper.layers
-        rungs = set(self._swapper.rungs)
-        if plain and len(rungs) == 1:
-            self._run((size, *rungs), pieces.decode_step, size, layers)
-            return None
+        if rung is not None:
+            self._run((size, rung), pieces.decode_step, size, layers)
+            return None if plain else pieces.head(size)
         self._run((size, "embed"), pieces.embed, size)
         for layer in layers:
             self._run((size, layer.layer, layer.rung), pieces.decode_layer, size, layer)
@@ -164,14 +174,18 @@ class CudaRunner(StepRunner):
             return None
         return pieces.head(size)
 
-    def _step(self, size: int, rows: int, plain: bool) -> Tensor | None:
-        """Any other step, padded to `size` tokens; the logits, of `rows` rows or more, unless `plain`."""
+    def _step(self, size: int, room: Room, rung: Rung | None, rows: int, plain: bool) -> Tensor | None:
+        """Any other step, padded to `size` tokens, `rung` as of `_decode`; the logits of `rows` rows unless `plain`."""
         pieces, layers = self._pieces, self._swapper.layers
-        self._run(("step", size, "embed"), pieces.embed, size)
-        for layer in layers[:-1]:
-            self._run(("step", size, layer.layer, layer.rung), pieces.layer, size, layer)
         last = layers[-1]
-        self._run(("step", size, "last", last.rung), pieces.last_attention, size, last)
+        if rung is not None:
+            self._run(("step", size, room, rung), pieces.step, size, room, layers)
+        else:
+            most = pieces.attention.rooms(size)[-1]
+            self._run(("step", size, "embed"), pieces.embed, size)
+            for layer in layers[:-1]:
+                self._run(("step", size, layer.layer, layer.rung), pieces.layer, size, most, layer)
+            self._run(("step", size, "last", last.rung), pieces.last_attention, size, most, last)
         if not rows:
             return None
         padded = next_size(self._row_sizes, rows)
@@ -241,9 +255,10 @@ class CudaRunner(StepRunner):
             for size in self._step_sizes:
                 self._nothing(size, planned=True)
                 pieces.embed(size)
-                for kind in kinds:
-                    pieces.layer(size, kind)
-                    pieces.last_attention(size, kind)
+                for room in pieces.attention.rooms(size):
+                    for kind in kinds:
+                        pieces.layer(size, room, kind)
+                        pieces.last_attention(size, room, kind)
             for rows in self._row_sizes:
                 self._tail(rows, kinds[0])
         self.rehearse()
@@ -272,12 +287,18 @@ class CudaRunner(StepRunner):
         with torch.inference_mode():
             # The largest first: the pool then holds what the others need.
             for size in reversed(self._step_sizes):
-                take(("step", size, "embed"), work=partial(pieces.embed, size))
+                rooms, coarse = pieces.attention.rooms(size), size in self._coarse_steps
                 for rung in rungs:
                     layers = [bind(layer, rung) for layer in range(count)]
-                    for layer in layers[:-1]:
-                        take(("step", size, layer.layer, rung), work=partial(pieces.layer, size, layer))
-                    take(("step", size, "last", rung), work=partial(pieces.last_attention, size, layers[-1]))
+                    for room in rooms:
+                        take(("step", size, room, rung), work=partial(pieces.step, size, room, layers))
+                    for layer in layers[:-1] if coarse else ():
+                        take(("step", size, layer.layer, rung), work=partial(pieces.layer, size, rooms[-1], layer))
+                    if coarse:
+                        last = partial(pieces.last_attention, size, rooms[-1], layers[-1])
+                        take(("step", size, "last", rung), work=last)
+                if coarse:
+                    take(("step", size, "embed"), work=partial(pieces.embed, size))
             for size in reversed(self._batch_sizes):
                 coarse = size in self._row_sizes
                 for rung in rungs if coarse else rungs[:1]:
