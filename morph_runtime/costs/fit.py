@@ -161,7 +161,7 @@ def _fit_prompts(others: Times, reads: _Reads, tokens: Floats, full: Floats) -> 
 def _fit_padded(bare: Sequence[Times], step_sizes: Sequence[int]) -> Floats | None:
     """Steps with prompt tokens by the size to which they are padded, [rungs, S]; None if none was timed.
 
-    Between sizes that were timed a straight line; beyond the longest in proportion to the last stretch.
+    Between sizes that were timed a straight line; beyond the longest as steep as from half of it on.
     """
     rows = [
         {step_sizes[_place(step_sizes, shape.tokens)]: seconds for shape, seconds in times.items() if shape.prefill}

@@ -42,7 +42,7 @@ def time_shapes(probe: StepProbe, shapes: Sequence[Shape], budget_s: float, need
         probe: runs them.
         shapes: what matters most comes first; at least one.
         budget_s: seconds by the clock of the steps; no more than `PATIENCE` times that pass meanwhile. More only if the
-            `needed` ones take more.
+            `needed` ones take more, and `MORE` times it for contradictions.
         needed: shapes that are timed in any case.
     """
     clock_began, began = probe.clock(), time.monotonic()
