@@ -20,10 +20,11 @@ from morph_runtime.costs.measure import measure
 from morph_runtime.engine.build import build_engine
 from morph_runtime.morph.levels import LevelPlan
 from tests.unit.engine.conftest import make_model
-from tests.unit.engine.padding_device import Noise, PaddingDevice
+from tests.unit.engine.padding_device import Noise, PaddingDevice, own_time
 
 LADDER = ("w8", "w4")
-STEP_SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+STEP_SIZES = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+MIXED_SIZES = (128, 256, 512, 768, 1280, 2048)
 HELD_OUT_S = 20.0
 
 
@@ -39,7 +40,7 @@ def start(folder: Path, noise: Noise, seconds: float) -> tuple[float, list[float
     }
     engine = build_engine(EngineConfig.from_mapping(settings))
     try:
-        device = PaddingDevice(lambda: engine.parts.swapper.rungs, STEP_SIZES, noise)
+        device = PaddingDevice(lambda: engine.parts.swapper.rungs, STEP_SIZES, MIXED_SIZES, noise)
         parts, plan = replace(engine.parts, runner=device), LevelPlan(range(engine.parts.spec.layers), LADDER)
         costs = measure(parts, plan, seconds, device.clock).costs
         took_s = device.now_s
@@ -55,7 +56,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="for measuring")
     options = parser.parse_args()
     print("| seed | measuring s | held-out steps | median error | largest |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, own_time():
         make_model(Path(folder), kv_heads=2, positions=4096)
         for seed in range(options.seeds):
             noise = Noise(np.random.default_rng(seed), 0.01, options.outliers, options.outliers)

@@ -98,6 +98,7 @@ def measure(parts: EngineParts, plan: LevelPlan, budget_s: float, clock: Callabl
         depth=parts.swapper.depth,
         step_sizes=fit.step_sizes,
         padded_s=fit.padded_s,
+        mixed_sizes=parts.runner.mixed_step_sizes if fit.step_sizes else (),
     )
     costs.check()
     unreached = tuple(plan.ladder[reached - 1 :])

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from morph_runtime.costs.probe import Shape, StepProbe
 
 USUAL_CONTEXT = 128
 MIN_PREFILL = 16
 MIN_EDGE = 16
 """Batches of decodes up to which a graph for the next power of two costs next to nothing more."""
+NEAR = 1.33
+"""Ratio of sizes between which a straight line does if there is no time for more."""
 MANY_DECODES = 0.5
 """Decodes of the step with a chunk that shows what a decode costs there, as a share of all that may run."""
 
@@ -36,7 +40,7 @@ def rung_shapes(probe: StepProbe) -> list[Shape]:
     """Steps that are timed at every rung: decodes of one context, and chunks that begin a prompt.
 
     Where steps are padded, chunks are of the sizes to which they are; decodes are padded to powers of two, so they are
-    timed on both sides of each step of that staircase.
+    timed on both sides of each step of that staircase. Sizes near to others come last.
     """
     parts = probe.parts
     settings, padded = parts.config.scheduler, parts.runner.step_sizes
@@ -44,14 +48,25 @@ def rung_shapes(probe: StepProbe) -> list[Shape]:
     decodes, edges = decode_shapes(seqs, usual), []
     if padded:
         longest = min(settings.max_num_batched_tokens, parts.max_model_len)
-        chunks = [Shape(0, prefill=n) for n in dict.fromkeys(min(n, longest) for n in padded)]
+        every = list(dict.fromkeys(min(n, longest) for n in padded))
+        chunks = [Shape(0, prefill=n) for n in spread(every)]
         ends = [*chunks[-1:], *chunks[:1]]
         edges = [Shape(n + 1, usual) for n in sizes(seqs) if MIN_EDGE <= n < seqs - 1]
+        edges += [Shape(0, prefill=n) for n in every]
     else:
         chunks = prefill_shapes(seqs, settings.max_num_batched_tokens)
         ends = [*chunks[:1], *chunks[-1:]]
     ordered = dict.fromkeys((decodes[0], decodes[-1], *ends, *decodes, *chunks, *edges))
     return [shape for shape in ordered if probe.shape_fits(shape, parts.capacities[0])]
+
+
+def spread(numbers: Sequence[int]) -> list[int]:
+    """Of ascending numbers the first, the last, and between them no two nearer than `NEAR`, ascending."""
+    kept = [numbers[-1]]
+    for number in reversed(numbers[:-1]):
+        if number * NEAR <= kept[-1]:
+            kept.append(number)
+    return sorted({numbers[0], *kept})
 
 
 def decode_shapes(max_num_seqs: int, context: int) -> list[Shape]:

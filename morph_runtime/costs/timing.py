@@ -19,7 +19,7 @@ AGREE = 0.02
 """Two samples that differ by no more than this, relative, support each other."""
 FEW_TOKENS, FEW_STEPS = 512, 3
 """Steps of so few tokens are timed in runs of so many: what disturbs one of them is long beside the step."""
-MORE = 1.5
+MORE = 2
 """Times the budget: how long steps may be timed again whose samples, or whose times, contradict each other."""
 LOOKS, LOOK_SAMPLES = 3, 2
 """How often doubtful steps are timed again, and how often each time."""

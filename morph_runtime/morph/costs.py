@@ -55,6 +55,8 @@ class StepCosts:
             are not padded.
         padded_s: float64 [rungs, S], a step with prompt tokens of each of these sizes, all layers at one rung, with an
             empty KV cache; stands for `whole_s` and `prompt_s` in such steps. None where `step_sizes` is empty.
+        mixed_sizes: those of `step_sizes` to which steps are padded at levels between uniform ones, the largest among
+            them; empty: to all.
     """
 
     rungs: tuple[str, ...]
@@ -75,6 +77,7 @@ class StepCosts:
     depth: int = 1
     step_sizes: tuple[int, ...] = ()
     padded_s: Floats | None = None
+    mixed_sizes: tuple[int, ...] = ()
 
     @property
     def max_level(self) -> int:
@@ -102,9 +105,10 @@ class StepCosts:
         curves = np.stack([self._curve(row, count) for row in self.whole_s], axis=-1)
         shares = self._shares[np.asarray(level, dtype=np.int64)]
         fixed: Floats = (curves * shares).sum(axis=-1)
-        mixed = self.mixed_s * (shares.max(axis=-1) < 1.0)
+        between = shares.max(axis=-1) < 1.0
+        mixed = self.mixed_s * between
         if self.padded_s is not None:
-            padded = (self._padded(count) * shares).sum(axis=-1) + decodes * self.row_s
+            padded = (self._padded(count, between) * shares).sum(axis=-1) + decodes * self.row_s
             steps: Floats = np.where(prefill > 0, padded, fixed) + mixed
             return steps
         if self.prompt_s is None:
@@ -168,6 +172,7 @@ class StepCosts:
             "row_s": self.row_s, "mixed_s": self.mixed_s, "downs_s": list(self.downs_s), "ups_s": list(self.ups_s),
             "depth": self.depth, "step_sizes": list(self.step_sizes),
             "padded_s": None if self.padded_s is None else self.padded_s.tolist(),
+            "mixed_sizes": list(self.mixed_sizes),
         }  # fmt: skip
 
     @staticmethod
@@ -200,6 +205,7 @@ class StepCosts:
             depth=int(values.get("depth", 1)),
             step_sizes=tuple(map(int, values.get("step_sizes", ()))),
             padded_s=_floats(values["padded_s"]) if values.get("step_sizes") else None,
+            mixed_sizes=tuple(map(int, values.get("mixed_sizes", ()))),
         )
         costs.check()
         return costs
@@ -226,6 +232,10 @@ class StepCosts:
         steps = np.asarray(self.step_sizes)
         if len(steps) and (steps[0] < 1 or not (np.diff(steps) > 0).all()):
             raise ValueError("step_sizes must rise, from 1 or more")
+        if self.mixed_sizes and self.mixed_sizes != tuple(n for n in self.step_sizes if n in self.mixed_sizes):
+            raise ValueError("mixed_sizes must be some of step_sizes")
+        if self.mixed_sizes and self.mixed_sizes[-1] != self.step_sizes[-1]:
+            raise ValueError("mixed_sizes must end as step_sizes do")
         padded = np.zeros((ladder + 1, 0)) if self.padded_s is None else self.padded_s
         if padded.shape != (ladder + 1, len(steps)) or not (np.isfinite(padded) & (padded > 0)).all():
             raise ValueError("padded_s must be positive, one row per rung and one column per size of step_sizes")
@@ -254,15 +264,29 @@ class StepCosts:
         padded = np.zeros((len(curves), 0)) if self.padded_s is None else self._shares @ self.padded_s  # [levels, S]
         tokens, more = self.tokens.tolist(), prompts.tolist()
         return [
-            (tokens, curve.tolist(), more, steps.tolist(), self.mixed_s if shares.max() < 1 else 0.0)
+            (tokens, curve.tolist(), more, steps[self._mixed_at].tolist(), self.mixed_s)
+            if shares.max() < 1
+            else (tokens, curve.tolist(), more, steps.tolist(), 0.0)
             for curve, steps, shares in zip(curves, padded, self._shares, strict=True)
         ]
 
-    def _padded(self, count: Floats) -> Floats:
-        """`padded_s` at the size that holds `count` tokens, [..., rungs]; in proportion beyond the largest."""
+    @cached_property
+    def _mixed_at(self) -> NDArray[np.int64]:
+        """[S]: the place of the size that serves at a level between uniform ones in place of each of `step_sizes`."""
+        sizes = np.asarray(self.step_sizes)
+        kept = np.flatnonzero(np.isin(sizes, self.mixed_sizes or sizes))
+        places: NDArray[np.int64] = kept[np.searchsorted(kept, np.arange(len(sizes)))]
+        return places
+
+    def _padded(self, count: Floats, between: NDArray[np.bool_]) -> Floats:
+        """`padded_s` at the size that holds `count` tokens, [..., rungs]; in proportion beyond the largest.
+
+        `between`: whether the level is one between uniform ones; broadcasts against `count`.
+        """
         assert self.padded_s is not None
         sizes = np.asarray(self.step_sizes, dtype=np.float64)
         at = np.minimum(np.searchsorted(sizes, count), len(sizes) - 1)
+        at = np.where(between, self._mixed_at[at], at)
         steps: Floats = self.padded_s.T[at] * np.maximum(count / sizes[-1], 1.0)[..., None]
         return steps
 

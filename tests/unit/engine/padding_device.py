@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import numpy as np
 
+from morph_runtime.costs import measure as measuring
+from morph_runtime.costs import timing
+from morph_runtime.engine.core import EngineParts
 from morph_runtime.engine.runner import Launched, StepRunner
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.sampling.rows import SamplingRow
@@ -16,6 +21,22 @@ from morph_runtime.sampling.sampler import Sampled
 LINEAR = {"full": (5.0e-3, 20e-6), "w8": (3.4e-3, 11e-6), "w4": (2.7e-3, 24e-6)}
 """By rung: seconds that a step takes at least, and per token where computing bounds it; as of an 8B model."""
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+
+
+WALK_S = 5e-3
+
+
+@contextmanager
+def own_time() -> Iterator[None]:
+    """Within, how long this machine takes for a walk or for the simulation changes nothing of what is measured."""
+
+    def shift(parts: EngineParts, level: int) -> float:
+        parts.shifter.target = level
+        parts.shifter.settle()
+        return WALK_S
+
+    with patch.object(measuring, "_shift", shift), patch.object(timing, "PATIENCE", 1e6):
+        yield
 
 
 @dataclass
@@ -44,10 +65,12 @@ class PaddingDevice(StepRunner):
     """Computes nothing; `now_s` is its clock, which stands still but for launches and waits."""
 
     def __init__(
-        self, rungs: Callable[[], Sequence[str]], step_sizes: tuple[int, ...], noise: Noise, launch_s: float = 5e-4
-    ) -> None:
+        self, rungs: Callable[[], Sequence[str]], step_sizes: tuple[int, ...], mixed_sizes: tuple[int, ...],
+        noise: Noise, launch_s: float = 5e-4,
+    ) -> None:  # fmt: skip
         """`rungs`: those of the layers; `launch_s`: what a launch takes of the host."""
-        self._rungs, self._sizes, self._noise, self._launch_s = rungs, step_sizes, noise, launch_s
+        self._rungs, self._noise, self._launch_s = rungs, noise, launch_s
+        self._sizes, self._mixed_sizes = step_sizes, mixed_sizes
         self.now_s = self._free_s = 0.0
         self.launches = 0
         self.extra_s: Callable[[HostBatch], float] = lambda _: 0.0
@@ -57,6 +80,11 @@ class PaddingDevice(StepRunner):
     def step_sizes(self) -> tuple[int, ...]:
         """See `StepRunner.step_sizes`."""
         return self._sizes
+
+    @property
+    def mixed_step_sizes(self) -> tuple[int, ...]:
+        """See `StepRunner.mixed_step_sizes`."""
+        return self._mixed_sizes
 
     def clock(self) -> float:
         """Seconds."""
@@ -79,7 +107,7 @@ class PaddingDevice(StepRunner):
             sizes = [n for n in DECODE_SIZES if not coarse or n & (n - 1) == 0]
             extra = 0.0
         else:
-            sizes = list(self._sizes)
+            sizes = list(self._sizes if len(set(rungs)) == 1 else self._mixed_sizes)
             lengths, ends = batch.lengths[~decodes].astype(np.float64), contexts[~decodes]
             pairs = float((lengths * (ends - lengths) + lengths * (lengths + 1) / 2).sum())
             extra = 3e-4 + pairs * 8e-10 + 1e-5 * decodes.sum() + 3e-8 * ends.sum()

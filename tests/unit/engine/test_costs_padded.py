@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.conftest import EngineFactory, make_model
-from engine.padding_device import Noise, PaddingDevice
+from engine.padding_device import Noise, PaddingDevice, own_time
 from morph_runtime.costs.held_out import check_held_out
 from morph_runtime.costs.measure import measure
 from morph_runtime.costs.probe import Shape, StepProbe
@@ -22,7 +22,8 @@ from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.levels import LevelPlan
 
 PLAN = LevelPlan(range(4), ("w8", "w4"))
-SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048)
+SIZES = (64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 1792, 2048)
+MIXED_SIZES = (128, 256, 512, 768, 1280, 2048)
 Devices = Callable[..., tuple[EngineParts, PaddingDevice]]
 
 
@@ -32,16 +33,23 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("long"), kv_heads=2, positions=4096)
 
 
+@pytest.fixture(autouse=True)
+def machine_does_not_matter() -> Iterator[None]:
+    """No time but the device's counts."""
+    with own_time():
+        yield
+
+
 @pytest.fixture
 def devices(engines: EngineFactory, long_model: Path) -> Devices:
     """Makes engines of which steps run on a device of the given noise."""
 
-    def make(noise: Noise, sizes: tuple[int, ...] = SIZES, launch_s: float = 5e-4) -> tuple[EngineParts, PaddingDevice]:
+    def make(noise: Noise, launch_s: float = 5e-4) -> tuple[EngineParts, PaddingDevice]:
         engine = engines(
             long_model, overlap="on", morph={"ladder": ["w8", "w4"]}, memory={"kv_tokens": 24576, "block_tokens": 16},
             scheduler={"max_num_seqs": 64, "max_num_batched_tokens": 2048},
         )  # fmt: skip
-        device = PaddingDevice(lambda: engine.parts.swapper.rungs, sizes, noise, launch_s)
+        device = PaddingDevice(lambda: engine.parts.swapper.rungs, SIZES, MIXED_SIZES, noise, launch_s)
         return replace(engine.parts, runner=device), device
 
     return make

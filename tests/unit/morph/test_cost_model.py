@@ -32,7 +32,10 @@ COSTS = StepCosts(
     depth=2,
 )
 PADDED = replace(
-    COSTS, step_sizes=(16, 64, 128), padded_s=np.array([[9.0, 22.0, 41.0], [8.0, 21.0, 40.0], [7.0, 25.0, 50.0]]) * 1e-3
+    COSTS,
+    step_sizes=(16, 64, 128),
+    mixed_sizes=(64, 128),
+    padded_s=np.array([[9.0, 22.0, 41.0], [8.0, 21.0, 40.0], [7.0, 25.0, 50.0]]) * 1e-3,
 )
 DECODES = [Shape(n, 16) for n in (1, 8, 32)]
 CHUNKS = [Shape(0, prefill=n) for n in (128,)]
@@ -60,7 +63,8 @@ def test_a_step_with_prompt_tokens_costs_what_the_size_costs_to_which_it_is_padd
     assert PADDED.seconds(0, 0, 0, 17, 0) == PADDED.seconds(0, 0, 0, 64, 0) == pytest.approx(22e-3)
     assert PADDED.seconds(0, 14, 0, 50, 0) == pytest.approx(22e-3 + 14 * 4e-5)  # 64 tokens with the decodes
     assert PADDED.seconds(0, 15, 0, 50, 0) == pytest.approx(41e-3 + 15 * 4e-5)
-    assert PADDED.seconds(2, 0, 0, 64, 0) == pytest.approx(21.5e-3 + 1e-4)  # half of the layers, out of graphs as well
+    for count in (9, 64):  # between rungs there are fewer sizes, and the mixture's surcharge
+        assert PADDED.seconds(2, 0, 0, count, 0) == pytest.approx(21.5e-3 + 1e-4)
     assert PADDED.seconds(0, 0, 0, 256, 0) == pytest.approx(2 * 41e-3)  # no step of an engine: a plan of a larger one
     for level in (0, 3, 8):  # decodes alone are not padded with it
         assert PADDED.seconds(level, 20, 900, 0, 0) == COSTS.seconds(level, 20, 900, 0, 0)
@@ -106,6 +110,9 @@ def test_json_gives_the_model_back_and_a_file_without_the_newer_fields_is_read()
         {"rungs": ["full", "w4"]},
         {"up_s": "fast"},
         {"step_sizes": [16, 16]},
+        {"mixed_sizes": [16]},
+        {"step_sizes": [8, 16], "padded_s": [[1.0, 2.0]] * 3, "mixed_sizes": [8]},
+        {"step_sizes": [8, 16], "padded_s": [[1.0, 2.0]] * 3, "mixed_sizes": [9, 16]},
         {"step_sizes": [0, 16]},
         {"step_sizes": [16], "padded_s": [[1.0], [1.0]]},
         {"step_sizes": [16], "padded_s": [[1.0], [1.0], [0.0]]},
