@@ -50,6 +50,11 @@ class StepRunner(ABC):
                 if there are no such tokens.
         """
 
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Sizes to which steps with prompt tokens are padded, ascending; empty: they are not padded."""
+        return ()
+
     def close(self) -> None:  # noqa: B027  most have nothing to free
         """Free what running steps took; none runs any more."""
 
