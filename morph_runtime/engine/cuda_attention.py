@@ -31,14 +31,16 @@ class Room(NamedTuple):
     """Sequences of several."""
 
 
-ROOMS = (Room(32, 8), Room(128, 32))
-"""Besides places for all: at 2,048 tokens idle places for 256 sequences cost 5 % of a step at W8."""
+USUAL = Room(128, 32)
+"""What most steps find place in: at 2,048 tokens idle places for 256 sequences each cost 5 % of a step at W8."""
 
 
 def rooms(size: int, sequences: int) -> tuple[Room, ...]:
-    """The rooms that a step of `size` tokens comes in, ascending; the last one holds any of up to `sequences`."""
-    all_of_them = (*ROOMS, Room(sequences, sequences))
-    fitted = [Room(min(r.decodes, size, sequences), min(r.chunks, size // 2, sequences)) for r in all_of_them]
+    """The one or two rooms that a step of `size` tokens comes in; the last one holds any of up to `sequences`."""
+    fitted = [
+        Room(min(room.decodes, size, sequences), min(room.chunks, size // 2, sequences))
+        for room in (USUAL, Room(sequences, sequences))
+    ]
     return tuple(dict.fromkeys(fitted))
 
 
@@ -76,16 +78,19 @@ class StepAttention:
         """See `rooms`."""
         return rooms(size, self._sequences)
 
-    def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]], size: int) -> Room:
+    @staticmethod
+    def is_usual(batch: HostBatch) -> bool:
+        """Whether a step finds place in the first of its rooms."""
+        decodes = int(np.count_nonzero(batch.lengths == 1))
+        return decodes <= USUAL.decodes and len(batch.lengths) - decodes <= USUAL.chunks
+
+    def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]], size: int) -> None:
         """Write what a step that is no batch of decodes needs besides the tables.
 
         Args:
             batch: the step.
             host: the inputs' arrays; starts, picks of the decodes and tiles of the chunks are written.
             size: tokens that the step is padded to.
-
-        Returns:
-            The smallest room that holds the step; any larger one does too.
         """
         lengths = batch.lengths
         ends = np.cumsum(lengths, dtype=np.int32)
@@ -93,8 +98,8 @@ class StepAttention:
         host["starts"][0] = 0
         host["starts"][1 : sequences + 1] = ends
         decodes = np.flatnonzero(lengths == 1)
-        all_rooms = self.rooms(size)
-        picks, tiles = host["picks"][: all_rooms[-1].decodes], host["tiles"][: self._tiles(size, all_rooms[-1])]
+        most = self.rooms(size)[-1]
+        picks, tiles = host["picks"][: most.decodes], host["tiles"][: self._tiles(size, most)]
         picks[: len(decodes), 0] = decodes
         picks[: len(decodes), 1] = ends[decodes] - 1
         picks[len(decodes) :] = (0, -1)
@@ -103,7 +108,6 @@ class StepAttention:
         if listed:
             tiles[: len(listed)] = listed
         tiles[len(listed) :] = (-1, 0)
-        return next(room for room in all_rooms if len(decodes) <= room.decodes and len(chunks) <= room.chunks)
 
     def decodes(self, rows: int) -> Attend:
         """The attention of a step of `rows` decodes, padding included."""

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morph_runtime.engine.cuda_attention import Room
 from morph_runtime.engine.cuda_graphs import GraphSet, coarse_sizes, coarse_steps, graph_sizes, next_size, step_sizes
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.engine.cuda_pieces import StepPieces
@@ -28,7 +27,7 @@ from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampled, Sampler
 from morph_runtime.weights.bound import LayerWeights
 
-SAMPLER_ROWS = 32
+SAMPLER_ROWS = 16
 """Rows that the host's sampler takes at a time: bounds the float32 scores."""
 RESULTS = 2
 """Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
@@ -96,6 +95,11 @@ class CudaRunner(StepRunner):
         """See `StepRunner.step_sizes`."""
         return self._step_sizes
 
+    @property
+    def mixed_step_sizes(self) -> tuple[int, ...]:
+        """See `StepRunner.mixed_step_sizes`."""
+        return self._coarse_steps
+
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
         plain = all(map(_is_simple, rows))
@@ -106,16 +110,13 @@ class CudaRunner(StepRunner):
         rung = rungs[0] if len(set(rungs)) == 1 else None
         if decodes:
             size = self._decode_size(len(rows), rung)
-            self._fill(batch, rows, size)
         else:
+            if rung is not None and not self._pieces.attention.is_usual(batch):
+                rung = None  # layer by layer, where there is room for all
             size = next_size(self._coarse_steps if rung is None else self._step_sizes, batch.num_tokens)
-            room = self._fill(batch, rows, size, planned=True)
+        self._fill(batch, rows, size, planned=not decodes)
         with torch.inference_mode():
-            if decodes:
-                logits = self._decode(size, rung, plain)
-            else:
-                assert room is not None
-                logits = self._step(size, room, rung, len(rows), plain)
+            logits = self._decode(size, rung, plain) if decodes else self._step(size, rung, len(rows), plain)
             if logits is not None and rows:
                 return Done(self._sample_both(logits[: len(rows)], rows))
             self._turn = (self._turn + 1) % RESULTS
@@ -133,8 +134,8 @@ class CudaRunner(StepRunner):
 
     # -- what a step enqueues ------------------------------------------------------------------------------------
 
-    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], size: int, *, planned: bool = False) -> Room | None:
-        """Write the inputs, padded to `size` tokens, and send them on their way; the room of what is `planned`."""
+    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], size: int, *, planned: bool) -> None:
+        """Write the inputs, padded to `size` tokens, and send them on their way."""
         host, count, sequences = self._inputs.host(), batch.num_tokens, batch.num_sequences
         for name, values, padding in (
             ("token_ids", batch.token_ids, 0), ("positions", batch.positions, 0), ("slots", batch.slots, -1),
@@ -150,9 +151,9 @@ class CudaRunner(StepRunner):
             host["temperatures"][: len(rows)] = [row.params.temperature if row.draws else 0.0 for row in rows]
             host["seeds"][: len(rows)] = [row.draw_seed for row in rows]
             host["draws"][: len(rows)] = [row.output_len for row in rows]
-        room = self._pieces.attention.plan(batch, host, size) if planned else None
+        if planned:
+            self._pieces.attention.plan(batch, host, size)
         self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)))
-        return room
 
     def _decode_size(self, rows: int, rung: Rung | None) -> int:
         """What a batch of decodes is padded to."""
@@ -174,14 +175,19 @@ class CudaRunner(StepRunner):
             return None
         return pieces.head(size)
 
-    def _step(self, size: int, room: Room, rung: Rung | None, rows: int, plain: bool) -> Tensor | None:
-        """Any other step, padded to `size` tokens, `rung` as of `_decode`; the logits of `rows` rows unless `plain`."""
+    def _step(self, size: int, rung: Rung | None, rows: int, plain: bool) -> Tensor | None:
+        """Any other step, padded to `size` tokens; the logits of `rows` rows unless `plain`.
+
+        It comes in one piece if all layers are at `rung` and it finds place in the usual room; if `rung` is None, layer
+        by layer, in the largest.
+        """
         pieces, layers = self._pieces, self._swapper.layers
         last = layers[-1]
+        rooms = pieces.attention.rooms(size)
         if rung is not None:
-            self._run(("step", size, room, rung), pieces.step, size, room, layers)
+            self._run(("step", size, rung), pieces.step, size, rooms[0], layers)
         else:
-            most = pieces.attention.rooms(size)[-1]
+            most = rooms[-1]
             self._run(("step", size, "embed"), pieces.embed, size)
             for layer in layers[:-1]:
                 self._run(("step", size, layer.layer, layer.rung), pieces.layer, size, most, layer)
@@ -290,8 +296,7 @@ class CudaRunner(StepRunner):
                 rooms, coarse = pieces.attention.rooms(size), size in self._coarse_steps
                 for rung in rungs:
                     layers = [bind(layer, rung) for layer in range(count)]
-                    for room in rooms:
-                        take(("step", size, room, rung), work=partial(pieces.step, size, room, layers))
+                    take(("step", size, rung), work=partial(pieces.step, size, rooms[0], layers))
                     for layer in layers[:-1] if coarse else ():
                         take(("step", size, layer.layer, rung), work=partial(pieces.layer, size, rooms[-1], layer))
                     if coarse:
