@@ -23,7 +23,8 @@ from morph_backend.housekeeper import Housekeeper
 from morph_backend.inputs import read_request
 from morph_backend.lifecycle import DrainDuty, ParentDuty
 from morph_backend.metric_catalog import catalog
-from morph_backend.nudge import GrpcNudgeStream, QueueNudger
+from morph_backend.nudge import QueueNudger
+from morph_backend.nudge_stream import GrpcNudgeStream
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.run_control import KEY_VARIABLE
