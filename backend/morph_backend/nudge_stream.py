@@ -1,4 +1,4 @@
-"""A gRPC stream that puts expired requests into the model's own queue; `morph_backend.nudge` says what for."""
+"""Puts expired requests into the model's own queue over gRPC; `morph_backend.nudge` says what for."""
 
 from __future__ import annotations
 
@@ -7,28 +7,41 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+import grpc
+from tritonclient.grpc import service_pb2
+
 HIGHEST_PRIORITY = 1
 EXPIRED_AT_ONCE_US = 1
 METHOD = "/inference.GRPCInferenceService/ModelStreamInfer"
 READER_ENDS_S = 5.0
 
 
+class NudgeConnection:
+    """A connection to the own server. It stays when its streams go: to connect takes longer than many nudges."""
+
+    def __init__(self, address: str, model: str) -> None:
+        """`address` is host:port; it is not connected to before the first stream."""
+        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+        self._nudge = expired_request(model)
+
+    def open(self, on_answer: Callable[[], None]) -> GrpcNudgeStream:
+        """A stream; `on_answer` is called once for each nudge that was answered."""
+        return GrpcNudgeStream(self._channel, self._nudge, on_answer)
+
+    def close(self) -> None:
+        """Close the connection, and the streams with it."""
+        self._channel.close()
+
+
 class GrpcNudgeStream:
-    """The nudge is made once, as bytes, and its answers are not decoded: a burst sends hundreds of them a second."""
+    """Nudges are sent as the bytes that they are, and answers not decoded: a burst takes hundreds of them a second."""
 
-    def __init__(self, address: str, model: str, on_answer: Callable[[], None]) -> None:
-        """Open the stream to `address` (host:port); `on_answer` is called once for each nudge that was answered."""
-        # Imported here: the first nudge pays for it, not the start of the model.
-        import grpc
-        from tritonclient.grpc import service_pb2
-
-        self._nudge = expired_request(service_pb2, model)
+    def __init__(self, channel: grpc.Channel, nudge: bytes, on_answer: Callable[[], None]) -> None:
+        self._nudge = nudge
         self._on_answer = on_answer
         self._broken = ""
         self._waiting: SimpleQueue[bytes | None] = SimpleQueue()
-        self._channel = grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
-        self._call = self._channel.stream_stream(METHOD)(self._requests())
-        self._rpc_error = grpc.RpcError
+        self._call: Any = channel.stream_stream(METHOD)(self._requests())
         self._reader = threading.Thread(target=self._read, name="queue-nudge-answers", daemon=True)
         self._reader.start()
 
@@ -39,10 +52,9 @@ class GrpcNudgeStream:
         self._waiting.put(self._nudge)
 
     def close(self) -> None:
-        """Close the stream."""
+        """End the stream; no answer is reported after it."""
         self._waiting.put(None)
         self._call.cancel()
-        self._channel.close()
         self._reader.join(READER_ENDS_S)
 
     def _requests(self) -> Iterator[bytes]:
@@ -54,13 +66,13 @@ class GrpcNudgeStream:
             for _ in self._call:
                 self._on_answer()
             self._broken = "the server has closed the stream"
-        except self._rpc_error as error:
-            self._broken = str(error.details() or error.code())
+        except grpc.RpcError as error:
+            self._broken = str(error) or "the stream has broken"
 
 
-def expired_request(messages: Any, model: str) -> bytes:
-    """A request of the highest priority whose timeout is over when it comes. `messages` is Triton's `service_pb2`."""
-    request = messages.ModelInferRequest(model_name=model)
+def expired_request(model: str) -> bytes:
+    """A request of the highest priority whose timeout is over when it comes, as it goes over the wire."""
+    request = service_pb2.ModelInferRequest(model_name=model)
     # Empty, so that even without a queue timeout it would be refused, not served.
     request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
     request.raw_input_contents.append(bytes(4))  # the length of the one string

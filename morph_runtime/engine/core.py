@@ -235,6 +235,7 @@ class Engine:
             finished=news.finished,
             waiting=scheduler.num_waiting + intake.num_held,
             running=scheduler.num_running,
+            short_of_blocks=plan.short_of_blocks,
         )
 
     def settle(self) -> None:
@@ -340,6 +341,7 @@ class Engine:
             budget_bytes=parts.ledger.budget_bytes,
             start_s=start_s,
             pin=parts.config.morph.pin,
+            max_num_batched_tokens=parts.config.scheduler.max_num_batched_tokens,
         )
 
     def stats(self) -> EngineStats:
