@@ -1,7 +1,7 @@
 """Triton's queue and the engine's short line behind it: who is where at which time.
 
-A request leaves the queue when it gets its credit (`morph_runtime.credits`), and is in the engine `handoff_s` later. One
-request at a time is handed over, as `execute()` does: the next one asks when it has come, and the one before it is in.
+A request leaves the queue when it gets its credit (`morph_runtime.credits`), and is in the engine `handoff_s` later.
+One at a time is handed over, as `execute()` does: the next one asks when it has come, and the one before it is in.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Credits are given by the rule of `morph_runtime.credits`, taken back once, and waited for without missing a change."""
+"""Credits are given by the rule of `morph_runtime.credits`, taken back once, and waited for."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def never() -> bool:
 
 def test_the_line_is_the_limit() -> None:
     admission = Admission(CreditLimits(2))
-    assert admission.acquire([1], PROMPT, never) is Admitted.YES and admission.acquire([2], PROMPT, never) is Admitted.YES
+    for key in (1, 2):
+        assert admission.acquire([key], PROMPT, never) is Admitted.YES
     result: list[Admitted] = []
     thread = threading.Thread(target=lambda: result.append(admission.acquire([3], PROMPT, never, poll_s=600)))
     thread.start()
@@ -71,11 +72,11 @@ def test_closing_ends_every_wait() -> None:
     assert admission.acquire([9], PROMPT, never) is Admitted.CLOSED
 
 
-def waits(admission: Admission, keys: list[int], prompt_tokens: int = PROMPT) -> tuple[threading.Thread, list[Admitted]]:
+def waits(admission: Admission, keys: list[int]) -> tuple[threading.Thread, list[Admitted]]:
     """A thread that waits for credits, and where its result will be."""
     result: list[Admitted] = []
     thread = threading.Thread(
-        target=lambda: result.append(admission.acquire(keys, prompt_tokens, never, poll_s=600)), daemon=True
+        target=lambda: result.append(admission.acquire(keys, PROMPT, never, poll_s=600)), daemon=True
     )
     thread.start()
     until(lambda: admission.waiting == 1)

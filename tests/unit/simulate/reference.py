@@ -103,6 +103,7 @@ class Reference:
         self.script = deque(script or [])
         self.now = 0.0
         self.flight: Flight | None = None
+        self.entered_s: list[float] = []
         self.first_s: dict[int, float] = {}
         self.last_s: dict[int, float] = {}
 
@@ -115,7 +116,9 @@ class Reference:
             self._shift()
             queue.hand_over(self.now, inclusive=True)
             while queue.inside and queue.inside[0][0] <= self.now:
-                self._add(queue.inside.popleft()[1], arrivals)
+                entered_s, key = queue.inside.popleft()
+                self.entered_s.append(entered_s)
+                self._add(key, arrivals)
             if self.flight is not None and self.scheduler.must_preempt:
                 unfinished -= self._settle()
             plan = self.scheduler.schedule(self.shifts.level)
