@@ -160,6 +160,7 @@ class TritonPythonModel:
         defect = self._service.on_defect
         self._housekeeper = Housekeeper(settings.cancel_poll_ms / 1e3, duties, defect)
         self._housekeeper.start()
+        recorder.declare("morph_queue_nudges_total")
         self._exporter: MetricsExporter | None = None
         if settings.report_custom_metrics:
             self._exporter = MetricsExporter(
@@ -181,7 +182,6 @@ class TritonPythonModel:
             defect,
         )
         self._queue_watch.start()
-        recorder.declare("morph_queue_nudges_total")
         self._nudger: QueueNudger | None = None
         if settings.queue_nudge:
             from morph_backend.nudge_stream import NudgeConnection  # brings gRPC: not without need

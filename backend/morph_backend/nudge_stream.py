@@ -52,10 +52,15 @@ class GrpcNudgeStream:
         self._waiting.put(self._nudge)
 
     def close(self) -> None:
-        """End the stream; no answer is reported after it."""
+        """End the stream; no answer is reported after it.
+
+        The server ends it when it has answered everything. Cancelling is the last resort: after streams were cancelled,
+        tritonserver (24.10) has crashed.
+        """
         self._waiting.put(None)
-        self._call.cancel()
         self._reader.join(READER_ENDS_S)
+        if self._reader.is_alive():
+            self._call.cancel()
 
     def _requests(self) -> Iterator[bytes]:
         while (request := self._waiting.get()) is not None:
