@@ -3,10 +3,11 @@
     morph costs models/morph-demo --ladder w8,w4 --out PROFILE.json
     python bench/simulate/against_engine.py --profile PROFILE.json [--out RESULT.json]
 
-The engine runs in this process with a stand-in for Triton's queue: requests enter by the rule of `morph_runtime.credits`.
-Levels are fixed. The clock is the CPU time of this process, so other work on the machine does not count;
-where the engine would wait for a request, the clock is put forward. Each burst is simulated twice: with the profile
-as it is, and with all step times multiplied by one factor, the real steps' time over what the profile says of them.
+The engine runs in this process with a stand-in for Triton's queue, which lets requests in by the rule of
+`morph_runtime.credits`. Levels are fixed. The clock is the CPU time of this process, so other work on the machine does
+not count; where the engine would wait for a request, the clock is put forward. Each burst is simulated twice: with the
+profile as it is, and with all step times multiplied by one factor, the real steps' time over what the profile says of
+them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from morph_runtime.config import EngineConfig
-from morph_runtime.credits import CreditLimits, EngineNews, may_enter
 from morph_runtime.costs.correction import StepCorrection
+from morph_runtime.credits import CreditLimits, EngineNews, may_enter
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.core import Engine
 from morph_runtime.engine.messages import SamplingParams, Submit
