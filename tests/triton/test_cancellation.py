@@ -23,6 +23,10 @@ def cancelled(server: TritonServer) -> float:
     return server.metric("morph_requests_total", outcome="cancelled")
 
 
+def pending(server: TritonServer) -> float:
+    return server.metric("nv_inference_pending_request_count", model="morph")
+
+
 def test_a_cancelled_grpc_stream_frees_its_place(server: TritonServer) -> None:
     until(lambda: running(server) == 0)
     before = cancelled(server)
@@ -57,6 +61,22 @@ def test_cancelled_while_it_waits_for_a_credit(server: TritonServer) -> None:
         until(lambda: cancelled(server) >= before + 2, what="the cancellations")
     assert all(len(text_of(s.rest())) > 400 for s in busy)
     assert post(server, {"text_input": "abc", "max_tokens": 2})[0] == 200
+
+
+def test_forty_cancelled_at_once_in_the_queue_leave_nothing_behind(server: TritonServer) -> None:
+    until(lambda: running(server) == 0)
+    with server.hold():
+        busy = [GrpcStream(server).ask("hello world", {"max_tokens": 20}) for _ in range(8)]
+        for stream in busy:
+            stream.next()
+        queued = [GrpcStream(server).ask("queued", {"max_tokens": 1}) for _ in range(40)]
+        until(lambda: pending(server) >= 30, what="the queue")  # the others are in the engine's line and in execute()
+        for stream in queued:
+            stream.cancel()
+    assert not any(stream.rest()[-1].error for stream in busy)
+    assert post(server, {"text_input": "abc", "max_tokens": 2})[0] == 200
+    until(lambda: pending(server) == 0, what="the queue to be empty")
+    until(lambda: server.metric("morph_execute_waiting") == 0 == running(server), what="all to be free")
 
 
 def test_polling_throughout_with_64_streams(server: TritonServer) -> None:
