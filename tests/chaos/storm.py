@@ -180,7 +180,9 @@ def _compare(report: Report) -> None:
         for name, count in getattr(before, what).items():
             now = getattr(after, what).get(name, 0)
             if now > count + 2:
-                report.complaints.append(f"{what} of {name}: {now}, before {count}")
+                more = after.open_kinds[name] - before.open_kinds[name]
+                which = f"; more of: {dict(more)}" if what == "descriptors" else ""
+                report.complaints.append(f"{what} of {name}: {now}, before {count}{which}")
     if after.shared > before.shared:
         report.complaints.append(f"shared memory: {after.shared} regions, before {before.shared}")
 
