@@ -57,6 +57,7 @@ class Report:
     verdict: check.Verdict = field(default_factory=check.Verdict)
     done: list[str] = field(default_factory=list)  # faults
     pauses_s: list[float] = field(default_factory=list)  # of streams that were open when an engine ended
+    longest_s: float = 0.0  # of a request that its client saw through
     restarts: int = 0
     ended_engines: int = 0  # by us; one that is ended while it starts is not counted as restarted
     own_faults_s: list[float] = field(default_factory=list)  # when it looked like an engine's own fault
@@ -85,6 +86,7 @@ class Report:
             p95 = statistics.quantiles(self.pauses_s, n=20)[-1] if len(self.pauses_s) > 1 else self.pauses_s[0]
             median = statistics.median(self.pauses_s)
             yield f"pause of {len(self.pauses_s)} streams over an engine's end: median {median:.1f} s, p95 {p95:.1f} s"
+        yield f"longest request: {self.longest_s:.1f} s"
         yield f"before: {self.before}"
         yield f"after:  {self.after}"
         yield from verdict.wrong[:20]
@@ -98,6 +100,7 @@ class Report:
             "near_ties": self.verdict.ties, "blamed": self.verdict.blamed,
             "faults": {w: self.done.count(w) for w in sorted(set(self.done))},
             "restarts": self.restarts, "shifts": self.shifts, "start_s": round(self.start_s, 2),
+            "longest_s": round(self.longest_s, 2),
             "pauses_s": sorted(round(p, 2) for p in self.pauses_s), "complaints": self.complaints,
             "before": str(self.before), "after": str(self.after),
         }  # fmt: skip
@@ -162,6 +165,7 @@ def _run(server: TritonServer, weather: Weather, report: Report, clock: false_cl
         pause for each in seen for end_s in ends_s if (pause := each.longest_pause_s(end_s)) is not None
         and each.ask.way != "generate"
     ]  # fmt: skip
+    report.longest_s = max((each.ended_s - each.began_s for each in seen if not each.left), default=0.0)
     check.wait_idle(server)
     report.after = check.footprint(server)
     _compare(report)
