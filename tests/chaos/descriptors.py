@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+GONE = "connection that the other side has reset"
+"""A TCP socket that stands in no table any more: all that is left of the connection is this end's descriptor."""
 STATES = {"01": "", "08": ", closed by the other side", "0A": " (listening)"}
 """Of TCP sockets in /proc/net/tcp: ESTABLISHED, CLOSE_WAIT, LISTEN; others show as their number."""
 
@@ -15,8 +17,7 @@ STATES = {"01": "", "08": ", closed by the other side", "0A": " (listening)"}
 def open_descriptors(pid: int, ports: Mapping[int, str]) -> Counter[str]:
     """How many of each kind; `ports` names the ports of this machine that are of interest.
 
-    A connection is called by the port of its own end, or by that of the other end ("to ..."). A socket that stands in
-    no table has no address: never connected, or gone on both sides.
+    A connection is called by the port of its own end, or by that of the other end ("to ...").
     """
     tables, pairs = _tcp_sockets(pid), _unix_sockets(pid)
     found: Counter[str] = Counter()
@@ -30,7 +31,7 @@ def open_descriptors(pid: int, ports: Mapping[int, str]) -> Counter[str]:
         elif socket[1] in pairs:
             found["Unix socket"] += 1
         elif socket[1] not in tables:
-            found["socket without address"] += 1
+            found[GONE] += 1
         else:
             own, other, state = tables[socket[1]]
             name = ports.get(own) or (f"to {ports[other]}" if other in ports else "elsewhere")

@@ -6,17 +6,21 @@ import os
 import random
 import shutil
 import socket
+import struct
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.chaos.descriptors import open_descriptors
+from tests.chaos.check import Footprint
+from tests.chaos.descriptors import GONE, open_descriptors
 from tests.chaos.heap import COMPILER, HeapProbe
 from tests.chaos.plan import Ask, samplings
 from tests.chaos.slopes import Sample, sample, slope_per_hour
 from tests.chaos.soak import Course, Findings, fault_of
+from tests.chaos.storm import compare
 from tests.chaos.streams import Seen
 
 NAMES = ("stub", "engine", "server", "echo server", "echo stub")
@@ -128,3 +132,35 @@ def test_descriptors_are_told_apart_by_what_they_are_for() -> None:
             left = open_descriptors(os.getpid(), ports) - before
             assert left == {"TCP ours, closed by the other side": 1}
         assert not open_descriptors(os.getpid(), ports) - before
+
+
+def test_a_connection_that_its_client_has_reset_is_told_from_one_that_it_has_closed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        ports = {server.getsockname()[1]: "ours"}
+        client = socket.create_connection(server.getsockname())
+        with server.accept()[0] as ours:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            before = open_descriptors(os.getpid(), ports)
+            client.close()
+            with pytest.raises(ConnectionResetError):
+                ours.recv(1)
+            assert open_descriptors(os.getpid(), ports) - before == {GONE: 1}
+
+
+def footprint(**more: int) -> Footprint:
+    kinds = Counter(pipe=24)
+    kinds.update(more)
+    return Footprint({"server": 64}, {"server": kinds.total()}, {"server": 40}, 1, {"server": kinds})
+
+
+def test_descriptors_that_have_grown_are_named_by_what_they_are() -> None:
+    after = footprint(**{"TCP gRPC": 5})
+    for clock in (False, True):
+        assert compare(footprint(), after, clock) == ["descriptors of server: 29, before 24; more of: {'TCP gRPC': 5}"]
+    assert compare(after, after, clock=False) == []
+
+
+def test_only_under_a_false_clock_may_reset_connections_stay() -> None:
+    after = footprint(**{GONE: 22})
+    assert compare(footprint(), after, clock=True) == []
+    assert "descriptors of server: 46, before 24" in compare(footprint(), after, clock=False)[0]
