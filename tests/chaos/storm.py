@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import random
-import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import false_clock
-from tests.chaos import check, plan, streams
+from tests.chaos import check, plan, streams, wind
 from tests.chaos.descriptors import GONE
 from tests.chaos.replay import Replayer
 from triton_server import ROOT, TritonServer, real_repository
-from wire_client import until
 
 MOST_CLIENTS = 10
-DEADLY = {"kill engine": signal.SIGKILL, "segfault engine": signal.SIGSEGV, "terminate engine": signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -155,10 +150,10 @@ def _run(server: TritonServer, weather: Weather, report: Report, clock: false_cl
     over = threading.Event()
     clients = Clients(server, weather, seen)
     ends_s: list[float] = []
-    wind = threading.Thread(target=_blow, args=(server, clock, report, ends_s, over), daemon=True)
-    wind.start()
+    faults = threading.Thread(target=wind.blow, args=(server, clock, report, ends_s, over), daemon=True)
+    faults.start()
     clients.run()
-    wind.join(60)
+    faults.join(60)
     over.set()
     for each in seen:
         report.verdict.judge(each, known[each.ask.reference], report.own_faults_s)
@@ -239,104 +234,6 @@ class Clients:
             seen = streams.run(self._server, ask, 240.0 if ask.way == "generate" else 60.0, self._trace)
             with self._lock:
                 self._seen.append(seen)
-
-
-def _blow(
-    server: TritonServer,
-    clock: false_clock.FalseClock | None,
-    report: Report,
-    ends_s: list[float],
-    over: threading.Event,
-) -> None:
-    """Disturb, and tell if that comes to nothing: a storm that has fallen asleep is no storm."""
-    try:
-        _disturb(server, clock, report, ends_s, over)
-    except (AssertionError, OSError, KeyError) as error:
-        report.complaints.append(f"no faults after {len(report.done)}: {type(error).__name__}: {error}")
-
-
-def _disturb(
-    server: TritonServer,
-    clock: false_clock.FalseClock | None,
-    report: Report,
-    ends_s: list[float],
-    over: threading.Event,
-) -> None:
-    weather = report.weather
-    if not weather.every_s:
-        return
-    began = time.monotonic()
-    faults = plan.faults(weather.seed, weather.seconds, weather.every_s, weather.faults, weather.silence_s)
-    if clock is not None:
-        faults = sorted([*faults, *plan.jumps(weather.seed, weather.seconds, weather.every_s)], key=attrgetter("at_s"))
-    for fault in faults:
-        if over.wait(max(0.0, began + fault.at_s - time.monotonic())) or time.monotonic() > began + weather.seconds:
-            return
-        if clock is not None and fault.what == "set clock":
-            report.done.append(fault.what)
-            clock.set(int(fault.for_s))
-            continue
-        # Where a start takes longer than faults are apart, each engine would be struck as soon as it is up, and nothing
-        # could ever get on: an engine that had to be waited for is left alone for a while.
-        if server.metric("morph_engine_up") != 1:
-            _find(server, "engine")
-            if over.wait(weather.every_s / 2):
-                return
-        report.done.append(fault.what)
-        pid = _find(server, "stub" if fault.what == "stop stub" else "engine")
-        if fault.what in DEADLY:
-            ends_s.append(time.monotonic())
-            report.ended_engines += 1
-            if fault.what == "segfault engine":
-                report.own_faults_s.append(time.monotonic())
-            os.kill(pid, DEADLY[fault.what])
-            continue
-        os.kill(pid, signal.SIGSTOP)
-        if fault.what == "wedge engine":
-            _await_wedge(server, pid, report)
-        else:
-            over.wait(fault.for_s)
-            os.kill(pid, signal.SIGCONT)
-
-
-def _find(server: TritonServer, name: str) -> int:
-    """The id of a process of an engine that is up; the metric is a little behind what is so."""
-    found: dict[str, int] = {}
-
-    def look() -> bool:
-        found.update(check.processes(server) if server.metric("morph_engine_up") == 1 else {})
-        return name in found
-
-    until(look, 60.0, f"the {name}")
-    return found[name]
-
-
-def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:
-    """A stopped engine is killed once it has requests and says nothing; without requests it is let go."""
-    handle = os.pidfd_open(pid)
-    try:
-        deadline = time.monotonic() + report.weather.silence_s + 3.0
-        while time.monotonic() < deadline:
-            if _has_ended(handle):
-                report.ended_engines += 1
-                report.own_faults_s.append(time.monotonic())
-                return
-            time.sleep(0.1)
-        signal.pidfd_send_signal(handle, signal.SIGCONT)
-        time.sleep(0.3)
-        if _has_ended(handle):
-            report.ended_engines += 1
-            report.own_faults_s.append(time.monotonic())
-    finally:
-        os.close(handle)
-
-
-def _has_ended(handle: int) -> bool:
-    import select
-
-    poller = select.poll()
-    poller.register(handle, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def any_seed() -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.chaos import check, plan, storm
+from tests.chaos import check, plan, storm, wind
 from tests.chaos.plan import Fault
 
 
@@ -28,7 +28,7 @@ class Restarting:
 
 def blow(server: Any, **weather: Any) -> tuple[storm.Report, list[float]]:
     report, struck_s = storm.Report(storm.Weather(1, 60.0, **weather)), list[float]()
-    storm._blow(server, None, report, struck_s, threading.Event())
+    wind.blow(server, None, report, struck_s, threading.Event())
     return report, struck_s
 
 
