@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from operator import itemgetter
 from typing import Any
@@ -43,6 +44,22 @@ def idle(events: list[Event]) -> float:
     return 1 - busy / (end - first)
 
 
+def between(events: list[Event]) -> float:
+    """The share of time in which nothing ran from the last kernel of a step to the first of the next layer's.
+
+    A step ends with the copy of its tokens to the host; the next one fetches its inputs and embeds its tokens.
+    """
+    streams = Counter(event[2] for event in events)
+    steps = [event for event in events if event[2] == max(streams, key=lambda stream: streams[stream])]
+    ends = [i for i, event in enumerate(steps) if "DtoH" in event[3]][1:]
+    if len(ends) < 2:
+        return 0.0
+    gaps = [max(0.0, b[0] - a[0] - a[1]) for a, b in itertools.pairwise(steps)]
+    # The gap before the copy, behind it, behind the two fetches, and behind the embedding.
+    idle_us = sum(sum(gaps[max(i - 1, 0) : i + 4]) for i in ends[:-1])
+    return idle_us / (steps[ends[-1]][0] - steps[ends[0]][0])
+
+
 def side_ms(events: list[Event]) -> float:
     """Milliseconds of work on all streams but that of the steps."""
     streams = Counter(event[2] for event in events)
@@ -62,14 +79,14 @@ def by_kernel(events: list[Event], steps: int) -> dict[str, list[float]]:
 def trace(bench: Bench, layers_down: int = 4) -> dict[str, Any]:
     """GPU idle time of plain decode at each rung, and what ran on which stream while layers went down and up again."""
     scale, engine, steps = bench.scale, bench.engine, 20
-    result: dict[str, Any] = {"idle": {}, "kernels": {}}
+    result: dict[str, Any] = {"idle": {}, "between": {}, "kernels": {}}
     for rung, level in reversed({"full": 0, **bench.levels}.items()):  # full precision last: from there it goes down
         bench.driver.clear()
         engine.set_level(level)
         company = Company(bench.driver, scale.batch, scale.prompt, 120)
         company.ensure(50)
         events = kernels_of(bench.driver, steps)
-        result["idle"][rung] = idle(events)
+        result["idle"][rung], result["between"][rung] = idle(events), between(events)
         result["kernels"][rung] = by_kernel(events, steps)
     engine.parts.shifter.target = min(layers_down, bench.layers)
     down = kernels_of(bench.driver, 6)

@@ -143,7 +143,10 @@ def shifts(result: Row) -> str:
     """Layers that change."""
     rows: list[tuple[str, str, str]] = []
 
-    def add(title: str, value: float, bar: float, form: str = ".2f", least: bool = False) -> None:
+    def add(title: str, value: float, bar: float | None, form: str = ".2f", least: bool = False) -> None:
+        if bar is None:
+            rows.append((title, format(value, form), "–"))
+            return
         met = value >= bar if least else value <= bar
         rows.append((title, marked(format(value, form), met), f"{'≥' if least else '≤'} {bar:g}"))
 
@@ -175,8 +178,11 @@ def shifts(result: Row) -> str:
         copied = result["upcopy"]
         best = max(copied["walk_1_gb_s"], copied["walk_2_gb_s"])
         add(f"idle, up: copied at {best:.1f} GB/s, of pinned H2D's", copied["of_h2d"], 0.95, least=True)
-    for rung, share in result.get("trace", {}).get("idle", {}).items():
-        add(f"GPU idle between decode steps, {NAMES.get(rung, rung)}: %", 100 * share, 2, ".1f")
+    traced = result.get("trace", {})
+    for rung, share in traced.get("between", {}).items():
+        add(f"GPU idle between decode steps, {NAMES.get(rung, rung)}: %", 100 * share, 2, ".2f")
+    for rung, share in traced.get("idle", {}).items():
+        add(f"the same and between kernels within a step, {NAMES.get(rung, rung)}: %", 100 * share, None, ".1f")
     return table(["shifts and idle time", "measured", "bar"], rows)
 
 

@@ -205,7 +205,7 @@ class Engine:
         launched = self._launch(plan, began) if plan.slices else None
         starts = plan.started
         if starts and self._flight is not None and self._hear_starts is not None:
-            self._hear_starts(self._output(starts, News()))
+            self._hear_starts(self._output(starts, News(), plan.short_of_blocks))
             starts = []
         self.settle()
         self._flight = launched
@@ -216,9 +216,9 @@ class Engine:
         news, self._news = self._news, News()
         if not (plan.slices or news.resolved or news.finished):
             return None
-        return self._output(starts, news)
+        return self._output(starts, news, plan.short_of_blocks)
 
-    def _output(self, starts: Sequence[Request], news: News) -> StepOutput:
+    def _output(self, starts: Sequence[Request], news: News, short_of_blocks: bool) -> StepOutput:
         scheduler = self._parts.scheduler
         return StepOutput(
             started=[r.key for r in starts],
@@ -227,6 +227,7 @@ class Engine:
             finished=news.finished,
             waiting=scheduler.num_waiting + self._parts.intake.num_held,
             running=scheduler.num_running,
+            short_of_blocks=short_of_blocks,
         )
 
     def settle(self) -> None:
@@ -332,6 +333,7 @@ class Engine:
             budget_bytes=parts.ledger.budget_bytes,
             start_s=start_s,
             pin=parts.config.morph.pin,
+            max_num_batched_tokens=parts.config.scheduler.max_num_batched_tokens,
         )
 
     def stats(self) -> EngineStats:

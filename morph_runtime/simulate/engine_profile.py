@@ -30,7 +30,7 @@ class EngineProfile:
         block_tokens: tokens per KV block.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens of one step.
-        line: requests that may wait in the engine for their first step.
+        line: requests that may always wait in the engine for their first step; `morph_runtime.credits` says who more.
         watermark: share of KV blocks kept free at admission.
         overlap: the next step is scheduled while the present one runs.
         depth: layers whose KV blocks are given up at once on the way up.
