@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -19,13 +20,13 @@ def open_descriptors(pid: int, ports: Mapping[int, str]) -> Counter[str]:
 
     A connection is called by the port of its own end, or by that of the other end ("to ...").
     """
-    tables, pairs = _tcp_sockets(pid), _unix_sockets(pid)
     found: Counter[str] = Counter()
+    targets = []
     for entry in os.scandir(f"/proc/{pid}/fd"):
-        try:
-            target = os.readlink(entry.path)
-        except FileNotFoundError:  # closed meanwhile
-            continue
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            targets.append(os.readlink(entry.path))
+    tables, pairs = _tcp_sockets(pid), _unix_sockets(pid)  # only now: what was open stands in them
+    for target in targets:
         if (socket := re.fullmatch(r"socket:\[(\d+)\]", target)) is None:
             found[re.sub(r":\[\d+\]$|\d+$", "", target)] += 1
         elif socket[1] in pairs:
