@@ -14,6 +14,7 @@ import numpy as np
 
 from morph_runtime.config import MorphSettings
 from morph_runtime.engine.messages import Considered
+from morph_runtime.morph import estimates as es
 from morph_runtime.morph.forecast import Forecast, Forecaster, Futures
 from morph_runtime.morph.load import Floats, Load
 from morph_runtime.morph.modes import Choice, ModeTargets
@@ -34,6 +35,10 @@ REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 PART_WAY, SETTLED_S = 3.0, 61.0
 """Dwell times for an up-shift that does not reach level 0, and the least time since the last down-shift: a load that
 stays moves about, and to follow it would turn the level back and forth."""
+
+
+TRIG, BACK, GOAL, ERR = 'here', 1, 'lasting', 0.0
+Z = 2.0
 
 
 class PredictionRule:
@@ -83,9 +88,11 @@ class PredictionRule:
     def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> list[Forecast]:
         """What comes of each level if a burst passes, if it lasts, and, on the safe side, if more than that comes."""
         count = deepest + 1
+        doubt = Z / math.sqrt(max(1.0, 2 * es.FAST_S * load.arrivals_per_s))
+        more = (mode.safe_more + self._faded(load.now_s)) * (1 + doubt)
         futures = Futures(
             np.tile(np.arange(count), 3),
-            np.repeat([1.0, 1.0, mode.safe_more + self._faded(load.now_s)], count),
+            np.repeat([1.0, 1.0, more], count),
             np.repeat([False, True, True], count),
             np.repeat([mode.bound, mode.safe_bound, mode.safe_bound], count),
         )
@@ -98,8 +105,13 @@ class PredictionRule:
         def choice(target: int, reason: str) -> Choice:
             return _choice(target, reason, here, load.level, deepest)
 
-        level, score = load.level, here.score
+        level = load.level
         up, fit = self._way_back(load, mode, safe)
+        # A burst that has begun to wait is taken to last; before that, one that comes by is let pass.
+        view = {"here": here, "lasting": lasting, "safe": safe}[TRIG] if load.backlog >= BACK else here
+        if float(here.score[level]) > float(view.score[level]):
+            view = here
+        score = view.score
         best = float(score.min())
         met = bool(score[level] <= MET)
         least_gain = max(LEAST_SCORE if level else MET, LEAST_GAIN * float(score[level]))
@@ -114,9 +126,10 @@ class PredictionRule:
         if load.now_s - self._late_since < mode.persist_s:
             return choice(level, "persistence")
         # Where to is chosen as if the burst lasted: one step that suffices, and not one after the other.
-        least = float(lasting.score.min())
-        enough = max(MET, least + mode.slack * max(0.0, float(lasting.score[level]) - least))
-        target = int(np.flatnonzero(lasting.score <= enough)[0])
+        goal = {"lasting": lasting, "safe": safe}[GOAL]
+        least = float(goal.score.min())
+        enough = max(MET, least + mode.slack * max(0.0, float(goal.score[level]) - least), least * (1 + ERR))
+        target = int(np.flatnonzero(goal.score <= enough)[0])
         if target == level:
             return choice(level, "no_gain")
         if target < level:
