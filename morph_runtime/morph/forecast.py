@@ -32,7 +32,7 @@ class Futures:
     Attributes:
         levels: int64 [C], the level that is gone to.
         more: float64 [C], factor on the arrivals; above 1 where the forecast is to be on the safe side.
-        lasting: bool [C], whether the higher of the two arrival rates lasts, else a burst falls back to the mean.
+        lasting: bool [C], whether the present arrival rate lasts, else a burst falls back to the mean.
         bound: float64 [C], share of each target that counts as meeting it.
     """
 

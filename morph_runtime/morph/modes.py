@@ -37,8 +37,8 @@ class ModeTargets:
 
 MODE_TARGETS: Mapping[str, ModeTargets] = {
     "accuracy": ModeTargets(1.0, 0.8, 1.1, 0.3, 0.5, 0.5, 0.02, 1.0, 1.0),
-    "balanced": ModeTargets(0.7, 0.5, 1.15, 0.1, 0.2, 1.0, 0.05, 0.5, 0.3),
-    "performance": ModeTargets(0.4, 0.25, 1.3, 0.02, 0.1, 1.0, 0.15, 0.0, 0.1),
+    "balanced": ModeTargets(0.7, 0.5, 1.15, 0.1, 0.1, 1.0, 0.05, 0.5, 0.3),
+    "performance": ModeTargets(0.4, 0.25, 1.3, 0.02, 0.0, 1.0, 0.15, 0.0, 0.1),
     "off": ModeTargets(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
 

@@ -1,9 +1,11 @@
 """The rule with a cost model: the least degradation whose forecast meets the SLOs.
 
-Down: if the present level is not forecast to meet them, the mildest one that is. If none is, the mildest one that has
-nearly all of what can be gained, and none at all if nothing can. Up: a milder level must be forecast to meet them
-with a margin, for more requests than come, throughout a dwell time, and live KV must fit it. A step down soon after a
-step up was a mistake: the margin grows with each, and shrinks with time.
+Down: if the present level is not forecast to meet them, the mildest one that is, with a margin, for more requests than
+come. If none is, the mildest one that has nearly all of what can be gained, and none at all if nothing can. While
+nothing waits and blocks suffice, a burst is expected to pass; once that has ended it is expected to last, for a level
+that is gone to late has a backlog to serve that no level serves at once. Up: a milder level must be forecast to meet
+them with the same margin, throughout a dwell time, and live KV must fit it. A step down soon after a step up was a
+mistake: the margin grows with each, and shrinks with time.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import numpy as np
 
 from morph_runtime.config import MorphSettings
 from morph_runtime.engine.messages import Considered
-from morph_runtime.morph import estimates as es
+from morph_runtime.morph.estimates import FAST_S
 from morph_runtime.morph.forecast import Forecast, Forecaster, Futures
 from morph_runtime.morph.load import Floats, Load
 from morph_runtime.morph.modes import Choice, ModeTargets
@@ -35,10 +37,6 @@ REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 PART_WAY, SETTLED_S = 3.0, 61.0
 """Dwell times for an up-shift that does not reach level 0, and the least time since the last down-shift: a load that
 stays moves about, and to follow it would turn the level back and forth."""
-
-
-TRIG, BACK, GOAL, ERR = 'here', 1, 'lasting', 0.0
-Z = 2.0
 
 
 class PredictionRule:
@@ -75,6 +73,9 @@ class PredictionRule:
         holds = choice.target == load.level and choice.reason == self._last_reason
         self._holds = self._holds + 1 if holds else 0
         self._last_reason = choice.reason
+        if choice.reason == "persistence":  # it is looked at again soon
+            self.pause_s = min(self.pause_s, LOOK_S)
+            self._next_s = load.now_s + self.pause_s
         if choice.target > load.level:
             if load.now_s - self._last_up_s < REGRET_S:
                 self._caution = min(MOST_CAUTION, self._faded(load.now_s) + CAUTION)
@@ -88,7 +89,8 @@ class PredictionRule:
     def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> list[Forecast]:
         """What comes of each level if a burst passes, if it lasts, and, on the safe side, if more than that comes."""
         count = deepest + 1
-        doubt = Z / math.sqrt(max(1.0, 2 * es.FAST_S * load.arrivals_per_s))
+        # Of the requests of FAST_S seconds, so many more than were counted may be on their way: a standard deviation.
+        doubt = 1 / math.sqrt(max(1.0, 2 * FAST_S * load.arrivals_per_s))
         more = (mode.safe_more + self._faded(load.now_s)) * (1 + doubt)
         futures = Futures(
             np.tile(np.arange(count), 3),
@@ -102,16 +104,15 @@ class PredictionRule:
     def _weigh(
         self, load: Load, mode: ModeTargets, deepest: int, here: Forecast, lasting: Forecast, safe: Forecast
     ) -> Choice:
-        def choice(target: int, reason: str) -> Choice:
-            return _choice(target, reason, here, load.level, deepest)
-
         level = load.level
         up, fit = self._way_back(load, mode, safe)
-        # A burst that has begun to wait is taken to last; before that, one that comes by is let pass.
-        view = {"here": here, "lasting": lasting, "safe": safe}[TRIG] if load.backlog >= BACK else here
-        if float(here.score[level]) > float(view.score[level]):
-            view = here
+        strained = load.backlog > 0 or load.demand > load.capacities[level]
+        view = lasting if strained and lasting.score[level] > here.score[level] else here
         score = view.score
+
+        def choice(target: int, reason: str) -> Choice:
+            return _choice(target, reason, view, level, deepest, met=bool(here.score.min() <= MET))
+
         best = float(score.min())
         met = bool(score[level] <= MET)
         least_gain = max(LEAST_SCORE if level else MET, LEAST_GAIN * float(score[level]))
@@ -125,11 +126,10 @@ class PredictionRule:
         self._late_since = load.now_s if self._late_since is None else self._late_since
         if load.now_s - self._late_since < mode.persist_s:
             return choice(level, "persistence")
-        # Where to is chosen as if the burst lasted: one step that suffices, and not one after the other.
-        goal = {"lasting": lasting, "safe": safe}[GOAL]
-        least = float(goal.score.min())
-        enough = max(MET, least + mode.slack * max(0.0, float(goal.score[level]) - least), least * (1 + ERR))
-        target = int(np.flatnonzero(goal.score <= enough)[0])
+        # Where to is chosen on the safe side: one step that suffices, and not one after the other.
+        least = float(safe.score.min())
+        enough = max(MET, least + mode.slack * max(0.0, float(safe.score[level]) - least))
+        target = int(np.flatnonzero(safe.score <= enough)[0])
         if target == level:
             return choice(level, "no_gain")
         if target < level:
@@ -161,7 +161,7 @@ class PredictionRule:
         return self._caution * math.exp(-(now_s - self._caution_s) / FORGET_S)
 
 
-def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: int) -> Choice:
+def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: int, met: bool) -> Choice:
     """With what was forecast of full precision, the present level, the target, the best level and the deepest."""
     shown = sorted({0, level, target, int(forecast.score.argmin()), deepest})
     considered = [
@@ -171,4 +171,4 @@ def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: i
         )
         for k in shown
     ]  # fmt: skip
-    return Choice(target, reason, considered, met=bool(forecast.score.min() <= MET))
+    return Choice(target, reason, considered, met)
