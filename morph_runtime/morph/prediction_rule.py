@@ -38,6 +38,9 @@ PART_WAY, SETTLED_S = 3.0, 61.0
 """Dwell times for an up-shift that does not reach level 0, and the least time since the last down-shift: a load that
 stays moves about, and to follow it would turn the level back and forth."""
 
+BURST = 3.0
+"""Standard deviations by which the arrival rate must exceed its mean to be a burst beyond doubt."""
+
 
 class PredictionRule:
     """Pure but for its memory: the same readings give the same choices."""
@@ -68,8 +71,8 @@ class PredictionRule:
         same = self._holds >= SAME and self._late_since is None
         self.pause_s = CALM_S if calm or same else LOOK_S
         self._next_s = load.now_s + self.pause_s
-        here, lasting, safe = self._forecasts(load, mode, deepest)
-        choice = self._weigh(load, mode, deepest, here, lasting, safe)
+        here, lasting, goal, safe = self._forecasts(load, mode, deepest)
+        choice = self._weigh(load, mode, deepest, here, lasting, goal, safe)
         holds = choice.target == load.level and choice.reason == self._last_reason
         self._holds = self._holds + 1 if holds else 0
         self._last_reason = choice.reason
@@ -87,23 +90,30 @@ class PredictionRule:
         return choice
 
     def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> list[Forecast]:
-        """What comes of each level if a burst passes, if it lasts, and, on the safe side, if more than that comes."""
+        """What comes of each level if a burst passes; if it lasts; and if more than that comes, so much that a level is
+        worth going to, and so much that a milder one can be gone back to."""
         count = deepest + 1
-        # Of the requests of FAST_S seconds, so many more than were counted may be on their way: a standard deviation.
-        doubt = 1 / math.sqrt(max(1.0, 2 * FAST_S * load.arrivals_per_s))
-        more = (mode.safe_more + self._faded(load.now_s)) * (1 + doubt)
+        # Arrivals are counted over a few seconds, so a steady load looks like more or less than it is by `doubt`, a
+        # standard deviation. What is far from the mean is a burst; of what is near it, no more is believed than is sure.
+        fast, mean = max(load.arrivals_per_s, 1e-9), load.mean_arrivals_per_s
+        doubt = 1 / math.sqrt(max(1.0, 2 * FAST_S * fast))
+        burst = fast - mean > BURST * math.sqrt(mean / (2 * FAST_S))
+        sure = 1.0 if burst else max(1 - doubt, min(1.0, mean / fast))
+        caution = self._faded(load.now_s)
+        goal_more, safe_more = ((more + caution) * (1 + doubt) for more in (mode.goal_more, mode.safe_more))
         futures = Futures(
-            np.tile(np.arange(count), 3),
-            np.repeat([1.0, 1.0, more], count),
-            np.repeat([False, True, True], count),
-            np.repeat([mode.bound, mode.safe_bound, mode.safe_bound], count),
+            np.tile(np.arange(count), 4),
+            np.repeat([1.0, sure, goal_more, safe_more], count),
+            np.repeat([False, True, True, True], count),
+            np.repeat([mode.bound, mode.safe_bound, mode.safe_bound, mode.safe_bound], count),
         )
         forecast = self._forecaster.forecast(load, futures)
-        return [forecast.part(first, first + count) for first in range(0, 3 * count, count)]
+        return [forecast.part(first, first + count) for first in range(0, 4 * count, count)]
 
     def _weigh(
-        self, load: Load, mode: ModeTargets, deepest: int, here: Forecast, lasting: Forecast, safe: Forecast
-    ) -> Choice:
+        self, load: Load, mode: ModeTargets, deepest: int,
+        here: Forecast, lasting: Forecast, goal: Forecast, safe: Forecast,
+    ) -> Choice:  # fmt: skip
         level = load.level
         up, fit = self._way_back(load, mode, safe)
         strained = load.backlog > 0 or load.demand > load.capacities[level]
@@ -127,9 +137,9 @@ class PredictionRule:
         if load.now_s - self._late_since < mode.persist_s:
             return choice(level, "persistence")
         # Where to is chosen on the safe side: one step that suffices, and not one after the other.
-        least = float(safe.score.min())
-        enough = max(MET, least + mode.slack * max(0.0, float(safe.score[level]) - least))
-        target = int(np.flatnonzero(safe.score <= enough)[0])
+        least = float(goal.score.min())
+        enough = max(MET, least + mode.slack * max(0.0, float(goal.score[level]) - least))
+        target = int(np.flatnonzero(goal.score <= enough)[0])
         if target == level:
             return choice(level, "no_gain")
         if target < level:
