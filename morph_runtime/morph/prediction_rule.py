@@ -94,7 +94,7 @@ class PredictionRule:
         worth going to, and so much that a milder one can be gone back to."""
         count = deepest + 1
         # Arrivals are counted over a few seconds, so a steady load looks like more or less than it is by `doubt`, a
-        # standard deviation. What is far from the mean is a burst; of what is near it, no more is believed than is sure.
+        # standard deviation. A rate far above the mean is a burst; of one near it, no more is believed than is sure.
         fast, mean = max(load.arrivals_per_s, 1e-9), load.mean_arrivals_per_s
         doubt = 1 / math.sqrt(max(1.0, 2 * FAST_S * fast))
         burst = fast - mean > BURST * math.sqrt(mean / (2 * FAST_S))
