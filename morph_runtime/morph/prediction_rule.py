@@ -41,6 +41,9 @@ stays moves about, and to follow it would turn the level back and forth."""
 BURST = 3.0
 """Standard deviations by which the arrival rate must exceed its mean to be a burst beyond doubt."""
 
+View = tuple[float, bool, float]
+"""A factor on the arrivals, whether a burst lasts, and the share of each target that counts as meeting it."""
+
 
 class PredictionRule:
     """Pure but for its memory: the same readings give the same choices."""
@@ -71,8 +74,7 @@ class PredictionRule:
         same = self._holds >= SAME and self._late_since is None
         self.pause_s = CALM_S if calm or same else LOOK_S
         self._next_s = load.now_s + self.pause_s
-        here, lasting, goal, safe = self._forecasts(load, mode, deepest)
-        choice = self._weigh(load, mode, deepest, here, lasting, goal, safe)
+        choice = self._weigh(load, mode, deepest)
         holds = choice.target == load.level and choice.reason == self._last_reason
         self._holds = self._holds + 1 if holds else 0
         self._last_reason = choice.reason
@@ -89,10 +91,16 @@ class PredictionRule:
             self._last_up_s = load.now_s
         return choice
 
-    def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> list[Forecast]:
-        """What comes of each level if a burst passes; if it lasts; and if more than that comes, so much that a level is
-        worth going to, and so much that a milder one can be gone back to."""
+    def _forecasts(self, load: Load, deepest: int, *views: View) -> list[Forecast]:
+        """What comes of each level, in each of the views."""
         count = deepest + 1
+        more, lasting, bound = zip(*views, strict=True)
+        levels = np.tile(np.arange(count), len(views))
+        futures = Futures(levels, np.repeat(more, count), np.repeat(lasting, count), np.repeat(bound, count))
+        forecast = self._forecaster.forecast(load, futures)
+        return [forecast.part(first, first + count) for first in range(0, len(levels), count)]
+
+    def _weigh(self, load: Load, mode: ModeTargets, deepest: int) -> Choice:
         # Arrivals are counted over a few seconds, so a steady load looks like more or less than it is by `doubt`, a
         # standard deviation. A rate far above the mean is a burst; of one near it, no more is believed than is sure.
         fast, mean = max(load.arrivals_per_s, 1e-9), load.mean_arrivals_per_s
@@ -101,23 +109,16 @@ class PredictionRule:
         sure = 1.0 if burst else max(1 - doubt, min(1.0, mean / fast))
         caution = self._faded(load.now_s)
         goal_more, safe_more = ((more + caution) * (1 + doubt) for more in (mode.goal_more, mode.safe_more))
-        futures = Futures(
-            np.tile(np.arange(count), 4),
-            np.repeat([1.0, sure, goal_more, safe_more], count),
-            np.repeat([False, True, True, True], count),
-            np.repeat([mode.bound, mode.safe_bound, mode.safe_bound, mode.safe_bound], count),
-        )
-        forecast = self._forecaster.forecast(load, futures)
-        return [forecast.part(first, first + count) for first in range(0, 4 * count, count)]
-
-    def _weigh(
-        self, load: Load, mode: ModeTargets, deepest: int,
-        here: Forecast, lasting: Forecast, goal: Forecast, safe: Forecast,
-    ) -> Choice:  # fmt: skip
+        strained = load.backlog > 0 or load.demand > load.capacities[load.level]
+        passes, aim = (1.0, False, mode.bound), (goal_more, True, mode.safe_bound)
+        lasts, safely = (sure, True, mode.safe_bound), (safe_more, True, mode.safe_bound)
+        # Most of a forecast's time is not for its views, but what is not needed is left out.
+        views = [passes, *([lasts, aim] if strained else []), *([safely] if load.level else [])]
+        found = self._forecasts(load, deepest, *views)
+        here, lasting, safe = found[0], found[1 if strained else 0], found[-1]
         level = load.level
         up, fit = self._way_back(load, mode, safe)
-        strained = load.backlog > 0 or load.demand > load.capacities[level]
-        view = lasting if strained and lasting.score[level] > here.score[level] else here
+        view = lasting if lasting.score[level] > here.score[level] else here
         score = view.score
 
         def choice(target: int, reason: str) -> Choice:
@@ -137,6 +138,7 @@ class PredictionRule:
         if load.now_s - self._late_since < mode.persist_s:
             return choice(level, "persistence")
         # Where to is chosen on the safe side: one step that suffices, and not one after the other.
+        goal = found[2] if strained else self._forecasts(load, deepest, aim)[0]
         least = float(goal.score.min())
         enough = max(MET, least + mode.slack * max(0.0, float(goal.score[level]) - least))
         target = int(np.flatnonzero(goal.score <= enough)[0])
