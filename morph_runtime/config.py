@@ -84,7 +84,8 @@ class SchedulerSettings:
     watermark: float = 0.01
     """Share of KV blocks kept free when a request is admitted, so that decodes can go on."""
     line: int = 2
-    """Requests that may wait in the engine for their first step; the rest waits in Triton's queue."""
+    """Requests that may always wait in the engine for their first step. More may while their prompts fill one step;
+    the rest waits in Triton's queue."""
     grammar_cache: int = 64
     """Compiled grammars of structured outputs that are kept for later requests; 0: none."""
 

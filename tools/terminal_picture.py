@@ -14,6 +14,7 @@ from pathlib import Path
 
 import matplotlib
 from PIL import Image, ImageDraw, ImageFont
+from rich.ansi import AnsiDecoder
 from rich.cells import cell_len
 from rich.color import ColorTriplet
 from rich.console import Console
@@ -45,7 +46,8 @@ LOOKS = {
 
 def draw(screen: str, look: Look) -> Image.Image:
     """The screen's text, with its ANSI colours, cell by cell."""
-    lines = [Text.from_ansi(line) for line in screen.rstrip("\n").split("\n")]
+    # One decoder for all lines: a style goes on where a line was wrapped.
+    lines = list(AnsiDecoder().decode(screen.rstrip("\n")))
     while lines and not lines[-1].plain.strip():
         lines.pop()
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"

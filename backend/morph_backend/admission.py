@@ -1,15 +1,17 @@
-"""Admission credits: how many requests may wait in the engine before the rest waits in Triton's queue.
+"""Admission credits: which requests may wait in the engine while the rest waits in Triton's queue.
 
 A credit is taken for each output of a request before it is handed to the engine, and comes back when the
-engine first schedules that output. `execute()` blocks on it, which is what keeps Triton's queue, and
-with it priorities, timeouts and the pending count, real.
+engine first schedules that output (`morph_runtime.credits` has the rule). `execute()` blocks on it, which is what keeps
+Triton's queue, and with it priorities, timeouts and the pending count, real.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from enum import Enum
+
+from morph_runtime.credits import CreditLimits, EngineNews, may_enter
 
 
 class Admitted(Enum):
@@ -21,11 +23,14 @@ class Admitted(Enum):
 
 
 class Admission:
-    """At most `line` outputs hold a credit at a time. Safe to use from several threads."""
+    """Gives out credits and takes them back. Safe to use from several threads."""
 
-    def __init__(self, line: int) -> None:
-        self._line = line
-        self._holders: set[int] = set()
+    def __init__(self, limits: CreditLimits) -> None:
+        self._limits = limits
+        self._news = EngineNews()
+        self._holders: dict[int, int] = {}
+        """Prompt tokens of each output that holds a credit."""
+        self._tokens = 0
         self._changed = threading.Condition()
         self._closed = False
         self._waiting = 0
@@ -35,11 +40,20 @@ class Admission:
         """Requests that wait for a credit right now."""
         return self._waiting
 
-    def acquire(self, keys: Collection[int], give_up: Callable[[], bool], poll_s: float = 0.05) -> Admitted:
-        """Wait for a credit for each of `keys`; who asks for more than the line has waits until nobody holds one.
+    def set_limits(self, limits: CreditLimits) -> None:
+        """The engine is known now."""
+        with self._changed:
+            self._limits = limits
+            self._changed.notify_all()
+
+    def acquire(
+        self, keys: Collection[int], prompt_tokens: int, give_up: Callable[[], bool], poll_s: float = 0.05
+    ) -> Admitted:
+        """Wait for a credit for each of `keys`; who asks for more than there can be waits until nobody holds one.
 
         Args:
             keys: the outputs of one request.
+            prompt_tokens: tokens of its prompt.
             give_up: asked at least every `poll_s` seconds and after each `wake`; True ends the wait.
             poll_s: seconds.
         """
@@ -51,19 +65,25 @@ class Admission:
                         return Admitted.CLOSED
                     if give_up():
                         return Admitted.GAVE_UP
-                    if not self._holders or len(self._holders) + len(keys) <= self._line:
-                        self._holders.update(keys)
+                    tokens = prompt_tokens * len(keys)
+                    if may_enter(self._limits, self._news, len(self._holders), self._tokens, len(keys), tokens):
+                        self._holders.update(dict.fromkeys(keys, prompt_tokens))
+                        self._tokens += tokens
                         return Admitted.YES
                     self._changed.wait(poll_s)
             finally:
                 self._waiting -= 1
 
-    def release(self, key: int) -> None:
-        """Give back the credit of `key`; nothing happens if it holds none."""
+    def release(self, keys: Iterable[int]) -> None:
+        """Give back the credits of `keys`; those that hold none are passed over."""
         with self._changed:
-            if key in self._holders:
-                self._holders.discard(key)
-                self._changed.notify_all()
+            self._give_back(keys)
+
+    def stepped(self, keys: Iterable[int], news: EngineNews) -> None:
+        """A step is over: what it has told, and whose credits it gives back."""
+        with self._changed:
+            self._news = news
+            self._give_back(keys)
 
     def wake(self) -> None:
         """Make those who wait ask `give_up` now."""
@@ -74,4 +94,10 @@ class Admission:
         """Give out no more credits; everyone who waits is told `CLOSED`."""
         with self._changed:
             self._closed = True
+            self._changed.notify_all()
+
+    def _give_back(self, keys: Iterable[int]) -> None:
+        for key in keys:
+            self._tokens -= self._holders.pop(key, 0)
+        if self._waiting:
             self._changed.notify_all()

@@ -23,7 +23,7 @@ from morph_backend.housekeeper import Housekeeper
 from morph_backend.inputs import read_request
 from morph_backend.lifecycle import DrainDuty, ParentDuty
 from morph_backend.metric_catalog import catalog
-from morph_backend.nudge import GrpcNudgeStream, QueueNudger
+from morph_backend.nudge import QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.run_control import KEY_VARIABLE
@@ -95,6 +95,7 @@ class TritonPythonModel:
         """End the engine and all threads."""
         if self._nudger is not None:
             self._nudger.close()
+            self._nudges.close()
             self._backlog.close()
         self._queue_watch.close()
         self._housekeeper.close()
@@ -142,6 +143,9 @@ class TritonPythonModel:
         self._service.attach(engine, info)
         recorder.gauge("morph_ttft_slo_seconds", config.morph.ttft_slo_s)
         self._start_threads(settings, recorder, (name, version), info.max_model_len)
+        # What is there now stays: a full collection that walks all of it would hold up every thread for 30 ms.
+        gc.collect()
+        gc.freeze()
         ready = {"model": info.model, "max_model_len": info.max_model_len, "pid": os.getpid()}
         self._control.say("ready", json.dumps(ready))
 
@@ -156,6 +160,7 @@ class TritonPythonModel:
         defect = self._service.on_defect
         self._housekeeper = Housekeeper(settings.cancel_poll_ms / 1e3, duties, defect)
         self._housekeeper.start()
+        recorder.declare("morph_queue_nudges_total")
         self._exporter: MetricsExporter | None = None
         if settings.report_custom_metrics:
             self._exporter = MetricsExporter(
@@ -177,13 +182,15 @@ class TritonPythonModel:
             defect,
         )
         self._queue_watch.start()
-        recorder.declare("morph_queue_nudges_total")
         self._nudger: QueueNudger | None = None
         if settings.queue_nudge:
+            from morph_backend.nudge_stream import NudgeConnection  # brings gRPC: not without need
+
             grpc_address = "{}:{}".format(*_address("MORPH_GRPC", DEFAULT_GRPC_PORT))
+            self._nudges = NudgeConnection(grpc_address, model[0])
             self._backlog = BacklogProbe(metrics_address, model)
             self._nudger = QueueNudger(
-                functools.partial(GrpcNudgeStream, grpc_address, model[0]),
+                self._nudges.open,
                 self._backlog,
                 on_sent=functools.partial(recorder.count, "morph_queue_nudges_total"),
                 on_defect=defect,

@@ -11,6 +11,10 @@ itself: highest priority, timeout one microsecond. Its arrival wakes the batcher
 it (expired) and then takes the request at the head. It never reaches the model. Its trace is one
 count of `nv_inference_request_failure{reason="REJECTED"}` per nudge, so we first look whether
 anything is queued at all.
+
+A look shows how many requests stand in the queue. Until as many have come in, the next nudge goes out
+at once, without another look. A nudge that comes before the instance is idle wakes nobody: it lies in
+the queue, unanswered, until the next one, which follows soon.
 """
 
 from __future__ import annotations
@@ -20,9 +24,6 @@ import logging
 import threading
 from collections.abc import Callable
 from typing import Protocol
-
-HIGHEST_PRIORITY = 1
-EXPIRED_AT_ONCE_US = 1
 
 
 class NudgeStream(Protocol):
@@ -41,12 +42,14 @@ class QueueNudger:
     def __init__(
         self,
         connect: Callable[[Callable[[], None]], NudgeStream],
-        backlog: Callable[[], bool],
+        backlog: Callable[[], int],
         *,
         on_sent: Callable[[], None] = lambda: None,
         on_defect: Callable[[str], None] = lambda _thread: None,
         pause_s: float = 0.002,
-        answer_s: float = 0.02,
+        start_s: float = 0.0003,
+        answer_s: float = 0.003,
+        most_s: float = 0.1,
         idle_s: float = 1.0,
         retry_s: float = 5.0,
     ) -> None:
@@ -54,21 +57,28 @@ class QueueNudger:
 
         Args:
             connect: opens a NudgeStream; takes a listener that is called without arguments at each answer.
-            backlog: whether requests stand in the queue; without any there is nothing to move.
+            backlog: how many requests stand in the queue; without any there is nothing to move.
             on_sent: called after each nudge.
             on_defect: told the thread's name when something has raised in it.
-            pause_s: how long the next request may take to come by itself after `execute()` has returned.
+            pause_s: how long the next request may take to come by itself after `execute()` has returned, or a nudge
+                was answered.
+            start_s: the same while requests are known to stand in the queue. Some come by themselves even so, and
+                the instance becomes idle only a little after `execute()` has returned.
             answer_s: how long to wait for a nudge's effect before the next (the instance may not be idle yet).
+                Doubles with each further one.
+            most_s: the longest wait that the doubling leads to.
             idle_s: the stream is closed after this long without a need.
             retry_s: pause after the server could not be reached.
         """
         self._connect, self._backlog, self._on_sent, self._on_defect = connect, backlog, on_sent, on_defect
-        self._pause_s, self._answer_s, self._idle_s, self._retry_s = pause_s, answer_s, idle_s, retry_s
+        self._pause_s, self._start_s, self._answer_s, self._most_s = pause_s, start_s, answer_s, most_s
+        self._idle_s, self._retry_s = idle_s, retry_s
         self._condition = threading.Condition()
         self._entered = 0
         self._left = 0
         self._handled = 0  # the value of _left that was last looked after
-        self._answered = 0
+        self._queued_to = 0  # the value of _entered once those have come in that were seen in the queue
+        self._unanswered = 0  # nudges, of the present stream
         self._closed = False
         self._stream: NudgeStream | None = None
         self._warned = False
@@ -114,38 +124,61 @@ class QueueNudger:
                 left = self._handled = self._left
             if idle:
                 self._drop_stream()
-            elif not self._someone_came(left, self._pause_s) and self._backlog():
-                self._nudge_until_answered(left)
+            else:
+                self._follow(left)
         self._drop_stream()
+
+    def _follow(self, left: int) -> None:
+        """`execute()` has returned for the `left`th time: see to it that the next request comes, if there is one."""
+        known = self._queued_to > left
+        if self._someone_came(left, self._start_s if known else self._pause_s):
+            return
+        pause_s = self._pause_s
+        while known or self._look(left):
+            if not self._nudge(left) or self._someone_came(left, pause_s):
+                return
+            # The nudge was answered and nobody came. What was known to be queued may have been cancelled since.
+            known, pause_s = False, min(2 * pause_s, self._most_s)
+
+    def _look(self, left: int) -> bool:
+        """Whether requests stand in the queue."""
+        count = self._backlog()
+        self._queued_to = left + count
+        return count > 0
 
     def _someone_came(self, left: int, timeout_s: float) -> bool:
         """Whether a request comes (or has come already) after `left` of them have gone."""
         with self._condition:
             return self._condition.wait_for(lambda: self._entered > left or self._closed, timeout_s)
 
-    def _nudge_until_answered(self, left: int) -> None:
-        """Nudge until a request comes in, or the nudge is answered: then the queue was empty."""
+    def _nudge(self, left: int) -> bool:
+        """Nudge until a request comes in or all nudges are answered; False if the server cannot be reached."""
+        wait_s = self._answer_s
         while True:
-            answered = self._answered
             try:
                 if self._stream is None:
+                    self._unanswered = 0  # the stream before it has said its last word
                     self._stream = self._connect(self._on_answer)
+                with self._condition:
+                    self._unanswered += 1
                 self._stream.send()
             except Exception as error:  # noqa: BLE001 - whatever the transport raises, serving goes on without nudges
                 self._give_up(error)
-                return
+                return False
             self._on_sent()
             with self._condition:
-                if self._condition.wait_for(functools.partial(self._settled, answered, left), self._answer_s):
-                    return
+                if self._condition.wait_for(functools.partial(self._settled, left), wait_s):
+                    return True
+            wait_s = min(2 * wait_s, self._most_s)
 
-    def _settled(self, answered: int, left: int) -> bool:
-        return self._answered != answered or self._entered > left or self._closed
+    def _settled(self, left: int) -> bool:
+        return self._unanswered <= 0 or self._entered > left or self._closed
 
     def _on_answer(self) -> None:
         with self._condition:
-            self._answered += 1
-            self._condition.notify()
+            self._unanswered -= 1
+            if self._unanswered <= 0:
+                self._condition.notify()
 
     def _give_up(self, error: Exception) -> None:
         self._drop_stream()
@@ -166,32 +199,3 @@ class QueueNudger:
                 stream.close()
             except Exception as error:  # noqa: BLE001 - it is gone either way
                 logging.getLogger(__name__).debug("a nudge stream did not close cleanly: %s", error)
-
-
-class GrpcNudgeStream:
-    """Nudges over a gRPC stream of `tritonclient`."""
-
-    def __init__(self, address: str, model: str, on_answer: Callable[[], None]) -> None:
-        """Open the stream to `address` (host:port)."""
-        # Imported here: the first nudge pays for it, not the start of the model.
-        import numpy as np
-        from tritonclient import grpc
-
-        self._client = grpc.InferenceServerClient(address)
-        # Empty, so that even without a queue timeout it would be refused, not served.
-        text = grpc.InferInput("text_input", [1], "BYTES")
-        text.set_data_from_numpy(np.array([b""], dtype=np.object_))
-        self._inputs = [text]
-        self._model = model
-        self._client.start_stream(lambda result, error: on_answer())
-
-    def send(self) -> None:
-        """Put one expired request into the queue."""
-        self._client.async_stream_infer(
-            self._model, self._inputs, priority=HIGHEST_PRIORITY, timeout=EXPIRED_AT_ONCE_US
-        )
-
-    def close(self) -> None:
-        """Close the stream."""
-        self._client.stop_stream()
-        self._client.close()

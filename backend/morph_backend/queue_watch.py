@@ -53,19 +53,19 @@ def parse_reading(text: str, model: str, version: str, now: float) -> QueueReadi
 
 
 class BacklogProbe:
-    """Answers whether requests stand in Triton's queue right now; for one thread."""
+    """Answers how many requests stand in Triton's queue right now; for one thread."""
 
     def __init__(self, address: tuple[str, int], model: tuple[str, str]) -> None:
         """`address` is host and port of the metrics endpoint, `model` the model's name and version."""
         self._page = MetricsPage(address)
         self._model = model
 
-    def __call__(self) -> bool:
-        """True if some do, or if it cannot be known."""
+    def __call__(self) -> int:
+        """Their number; 1 if it cannot be known, for one may stand there."""
         try:
-            return parse_reading(self._page.read(), *self._model, time.monotonic()).pending > 0
+            return parse_reading(self._page.read(), *self._model, time.monotonic()).pending
         except (OSError, http.client.HTTPException):
-            return True
+            return 1
 
     def close(self) -> None:
         """Close the connection; the next call would connect anew."""

@@ -23,6 +23,7 @@ from morph_backend.run_control import MODE, RunControl, check_key
 from morph_backend.rungs import RungShares
 from morph_backend.senders import SenderPool
 from morph_backend.vocabulary import check_prompt, spell_bad_words
+from morph_runtime.credits import CreditLimits, EngineNews
 from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, Submit, TokenDelta
 from morph_runtime.errors import EngineDown, RequestError
 from morph_runtime.slo import SloClass, check_class
@@ -74,7 +75,8 @@ class Service:
         self._sender_threads = sender_threads
         self._on_decisions, self._on_gone = on_decisions, on_gone
         self._classes, self._admin_key = classes, admin_key
-        self._admission = Admission(line)
+        self._line = line
+        self._admission = Admission(CreditLimits(line))
         self._engine_metrics = EngineMetrics(recorder)
         self._lock = threading.Lock()
         self._open = OpenRequests()
@@ -91,6 +93,7 @@ class Service:
     def attach(self, engine: Engine, info: EngineInfo) -> None:
         """Connect the started engine; before it no request may be handled."""
         self._engine, self._info, self._up = engine, info, True
+        self._admission.set_limits(CreditLimits(self._line, info.max_num_batched_tokens, info.max_num_seqs))
         shares = RungShares(info.num_layers, info.ladder)
         self._accounting = RequestAccounting(self._recorder, shares)
         self._responder = Responder(self, shares, self._accounting.generated, self._tokenizer.spelling)
@@ -215,7 +218,8 @@ class Service:
 
     def _admit(self, request: OpenRequest) -> None:
         assert self._engine is not None and self._info is not None
-        admitted = self._admission.acquire([o.key for o in request.outputs], lambda: request.channel.closed)
+        keys = [output.key for output in request.outputs]
+        admitted = self._admission.acquire(keys, len(request.prompt), lambda: request.channel.closed)
         if admitted is Admitted.GAVE_UP:
             return
         if admitted is Admitted.CLOSED:
@@ -243,8 +247,9 @@ class Service:
         now = self._clock()
         self._engine_metrics.beat()
         self._engine_metrics.requests(out.waiting, out.running)
+        over = (*out.started, *(finished.key for finished in out.finished))
+        self._admission.stepped(over, EngineNews(out.running, out.short_of_blocks))
         for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
-            self._admission.release(key)
             if (begun := self._open.find(key)) is not None and begun[1] == 0:
                 begun[0].cached_tokens = cached
                 self._accounting.started(begun[0])
@@ -262,7 +267,6 @@ class Service:
             else:
                 news.setdefault(request.key, (request, []))[1].append(new)
         for finished in out.finished:
-            self._admission.release(finished.key)
             if (found := self._open.find(finished.key)) is not None:
                 events = news.setdefault(found[0].key, (found[0], []))[1]
                 events.append(End(finished.reason, finished.detail, found[1]))
@@ -372,8 +376,7 @@ class Service:
 
     def _release(self, request: OpenRequest) -> None:
         """Give back all credits of a request."""
-        for output in request.outputs:
-            self._admission.release(output.key)
+        self._admission.release([output.key for output in request.outputs])
 
     def on_defect(self, thread: str) -> None:
         """An exception that nobody had foreseen was caught (and logged) in a thread."""

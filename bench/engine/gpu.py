@@ -1,9 +1,11 @@
-"""The engine on a GPU with a real model's shape: decode, prefill, capacity and shifts, at each rung.
+"""The engine on a GPU with a real model's shape: every figure of bench/engine/README.md, by phases.
 
-    python bench/engine/gpu.py --shape llama-3-8b --budget 24 [--phases decode,prefill,shift] [--out FILE]
+    python bench/engine/gpu.py --shape llama-3-8b --budget 24 --out RESULT.json [--phases decode,prefill,shift]
+    python bench/engine/gpu.py --device cpu --shape tiny --out RESULT.json      # tries everything out, without a GPU
 
-In this process, without Triton; random weights; prefix cache off. Static batches of 128 prompt and 128 output tokens,
-as bench/engine/README.md says. Prints one line per measurement; writes all of it as JSON.
+In this process, without Triton; random weights; prefix cache off. README.md says what the phases are. Prints a line per
+measurement, and writes the JSON after every phase. A phase that fails says why and the others go on; the exit status is
+then 1. The phases `plain` and `fp8kv` start an engine with other settings in a process of its own, after the others.
 """
 
 from __future__ import annotations
@@ -11,273 +13,245 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import random
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import itertools
 
+import shifting
+import static_batches
+import torch
+from bench_setup import SMALL, Bench, Scale
+from engine_driver import Driver
+from kernel_trace import trace
+from memory_watch import Memory
 from random_model import SHAPES, write_folder
+from reference_check import check
+from roofline import Peaks, Roofline
 
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
-from morph_runtime.engine.core import Engine
-from morph_runtime.engine.messages import SamplingParams, Submit
+
+FIRST: Mapping[str, Callable[[Bench], Any]] = {"layer": shifting.layer, "memory": shifting.memory}
+"""Before anything else: the first shift of all, and memory before profiles and references have taken any."""
+BY_RUNG: Mapping[str, Callable[[Bench, str], Any]] = {
+    "decode": static_batches.decode, "full": static_batches.full, "prefill": static_batches.prefill,
+    "mixed": static_batches.mixed,
+}  # fmt: skip
+LAST: Mapping[str, Callable[[Bench], Any]] = {
+    "sampled": static_batches.sampled, "overlap": static_batches.overlap, "shift": shifting.shift,
+    "paced": shifting.paced, "upcopy": shifting.upcopy, "check": check, "layer_gpu": shifting.layer_gpu, "trace": trace,
+}  # fmt: skip
+CHILDREN: Mapping[str, Sequence[str]] = {
+    "plain": ("--phases", "overlap", "--set", "kernels.graphs=false", "--ladder", "w8"),
+    "fp8kv": ("--phases", "decode,full", "--set", 'memory.kv_dtype="fp8"', "--rungs", "full", "--ladder", "w8"),
+}
+"""What another process is to measure."""
+PHASES = (*FIRST, *BY_RUNG, *LAST, *CHILDREN)
 
 
-class Driver:
-    """Feeds one engine."""
+class Notes(logging.Handler):
+    """Keeps the engine's log lines for the result."""
 
-    def __init__(self, engine: Engine, seed: int = 0) -> None:
-        self.engine = engine
-        self._key = 0
-        self._random = random.Random(seed)
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
 
-    def submit(self, prompt_len: int, output_len: int, **choice: float) -> int:
-        """One request of random tokens that runs to its limit; greedy unless `choice` (SamplingParams) says else."""
-        self._key += 1
-        prompt = [self._random.randrange(self.engine.parts.spec.vocab) for _ in range(prompt_len)]
-        sampling = SamplingParams(**{"temperature": 0.0, **choice}, max_tokens=output_len, ignore_eos=True)  # type: ignore[arg-type]
-        self.engine.submit(Submit(key=self._key, prompt=prompt, sampling=sampling, arrival_s=time.monotonic()))
-        return self._key
-
-    def run(self, until_tokens: int = 0) -> list[tuple[float, int]]:
-        """Step to the end, or until so many tokens came: (time, tokens) of every step that gave any."""
-        seen, total = [], 0
-        while self.engine.has_requests:
-            out = self.engine.step(decide=False)
-            count = sum(len(delta.tokens) for delta in out.tokens) if out else 0
-            if count:
-                seen.append((time.monotonic(), count))
-                total += count
-            if until_tokens and total >= until_tokens:
-                break
-        return seen
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
-def quantile(values: list[float], q: float) -> float:
-    """The q-quantile of unsorted values."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(q * (len(ordered) - 1)))]
+class Report:
+    """The result, and the phases that have failed."""
 
+    def __init__(self, out: Path | None) -> None:
+        self.result: dict[str, Any] = {"seconds": {}, "failed": {}}
+        self._out = out
+        self._events: Any = None
 
-def decode(driver: Driver, batch: int, prompt: int, output: int, **choice: float) -> dict[str, float]:
-    """A static batch: inter-token latency while all of it decodes."""
-    for _ in range(batch):
-        driver.submit(prompt, output, **choice)
-    steps = driver.run()
-    full = [(at, n) for at, n in steps if n == batch]
-    gaps = [(b[0] - a[0]) * 1e3 for a, b in itertools.pairwise(full)][2:]
-    return {
-        "batch": batch, "itl_p50_ms": statistics.median(gaps), "itl_p99_ms": quantile(gaps, 0.99),
-        "tok_s": batch * len(gaps) / (sum(gaps) / 1e3),
-    }  # fmt: skip
-
-
-def prefill(driver: Driver, tokens: int, repeat: int = 5) -> dict[str, float]:
-    """Time to the only token of a prompt, one request at a time."""
-    times = []
-    for _ in range(repeat):
-        driver.submit(tokens, 1)
+    def attempt(self, name: str, work: Callable[[], Any], place: dict[str, Any], key: str) -> bool:
+        """Run a phase; what it gives stands at place[key], or its error with the failed ones."""
         began = time.monotonic()
-        driver.run()
-        times.append(time.monotonic() - began)
-    best = statistics.median(times[1:])
-    return {"tokens": tokens, "ms": best * 1e3, "tok_s": tokens / best}
+        try:
+            found = work()
+        except Exception as error:  # noqa: BLE001  whatever it was, the other phases are worth their time
+            traceback.print_exc()
+            self.result["failed"][name] = f"{type(error).__name__}: {error}"
+            print(f"{name}: FAILED, {self.result['failed'][name]}", flush=True)
+        else:
+            if name == "trace":
+                self._events = {way: found.pop(way) for way in ("down", "up")}
+                self._events["idle_share"] = found["idle"]["full"]
+            place[key] = found
+            if key in PHASES and key not in CHILDREN:
+                for row in found if isinstance(found, list) else [found]:
+                    print(name, json.dumps(row), flush=True)
+        self.result["seconds"][name] = round(time.monotonic() - began, 2)
+        self.write()
+        return name not in self.result["failed"]
+
+    def write(self) -> None:
+        """All there is so far."""
+        if self._out:
+            self._out.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            if self._events:
+                self._out.with_suffix(".trace.json").write_text(json.dumps(self._events), encoding="utf-8")
 
 
-def shift(driver: Driver, target: int, batch: int = 64) -> dict[str, Any]:
-    """Walk to a level while a batch decodes."""
-    engine = driver.engine
-    for _ in range(batch):
-        driver.submit(128, 400)
-    driver.run(until_tokens=batch * 60)
-    start, began = engine.level, time.monotonic()
-    engine.parts.shifter.target = target
-    gaps, last, flipped, settled, polls = [], began, 0.0, 0.0, []
-    while engine.has_requests:
-        out = engine.step(decide=False)
-        now = time.monotonic()
-        if out and out.tokens:
-            gaps.append((now - last) * 1e3)
-            last = now
-        polls.append(engine.level)
-        if not flipped and engine.level == target:
-            flipped = now - began
-        if not settled and engine.level == target and not engine.parts.shifter.busy:
-            settled = now - began
-            break
-    during = list(gaps)
-    rest = driver.run()
-    after = [(b[0] - a[0]) * 1e3 for a, b in itertools.pairwise(rest) if b[1] == batch]
-    return {
-        "from": start, "to": target, "flipped_ms": flipped * 1e3, "settled_ms": settled * 1e3, "steps": len(during),
-        "itl_max_ms": max(during), "itl_p50_ms": statistics.median(during),
-        "after_p50_ms": statistics.median(after) if after else 0.0, "levels": polls[:40],
-    }  # fmt: skip
+def numbers(text: str) -> tuple[int, ...]:
+    """Of a list with commas."""
+    return tuple(int(part) for part in text.split(","))
 
 
-def paced(driver: Driver, first: int, every_steps: int, batch: int = 64) -> dict[str, Any]:
-    """Shift a layer every few steps, down and up again in turns, and compare with the same batch left alone."""
-    engine = driver.engine
-
-    def run(shifting: bool) -> tuple[list[float], float, int]:
-        for _ in range(batch):
-            driver.submit(128, 420)
-        driver.run(until_tokens=batch * 20)
-        gaps, last, began, count = [], time.monotonic(), time.monotonic(), 0
-        while engine.has_requests and len(gaps) < 380:
-            if shifting and len(gaps) % every_steps == 0:
-                level = engine.level
-                engine.parts.shifter.target = level + (1 if count % 20 < 10 else -1)
-                count += 1
-            out = engine.step(decide=False)
-            now = time.monotonic()
-            if out and out.tokens:
-                gaps.append((now - last) * 1e3)
-                last = now
-        seconds = time.monotonic() - began
-        driver.run()
-        engine.set_level(first)
-        return gaps[2:], seconds, count
-
-    engine.set_level(first + 5)
-    alone, _, _ = run(False)
-    moved, seconds, count = run(True)
-    return {
-        "layers_per_s": count / seconds, "p50_ms": statistics.median(moved), "p99_ms": quantile(moved, 0.99),
-        "max_ms": max(moved), "alone_p50_ms": statistics.median(alone), "alone_p99_ms": quantile(alone, 0.99),
-        "alone_max_ms": max(alone),
-    }  # fmt: skip
-
-
-def kernels_of(engine: Engine, steps: int) -> list[tuple[float, float, int, str]]:
-    """What the GPU ran during some steps: (start us, duration us, stream, name), by start."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(steps):
-            engine.step(decide=False)
-        torch.cuda.synchronize()
-    events = [
-        (event.start_ns() / 1e3, event.duration_ns() / 1e3, int(event.device_resource_id()), event.name()[:48])
-        for event in profile.profiler.kineto_results.events()
-        if "CUDA" in str(event.device_type())
-    ]
-    return sorted(events)
-
-
-def idle(events: list[tuple[float, float, int, str]]) -> float:
-    """The share of time in which nothing ran, from the end of the second step on: a profile begins with a pause."""
-    ends = [i for i, event in enumerate(events) if "DtoH" in event[3]]
-    events = events[ends[1] :]
-    first = end = events[0][0]
-    busy = 0.0
-    for start, duration, *_ in events:
-        busy += max(0.0, start + duration - max(start, end))
-        end = max(end, start + duration)
-    return 1 - busy / (end - first)
-
-
-def trace(driver: Driver, layers_down: int, batch: int = 64) -> dict[str, Any]:
-    """GPU idle time of plain decode, and what ran on which stream while some layers went down and up again."""
-    engine = driver.engine
-    for _ in range(batch):
-        driver.submit(128, 200)
-    driver.run(until_tokens=batch * 30)
-    alone = idle(kernels_of(engine, 20))
-    engine.parts.shifter.target = layers_down
-    down = kernels_of(engine, 6)
-    engine.parts.shifter.target = 0
-    up = kernels_of(engine, 12)
-    driver.run()
-    engine.set_level(0)
-    return {"idle_share": alone, "down": down, "up": up}
-
-
-def main() -> None:
-    """Measure what was asked for."""
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", default="llama-3-8b", choices=SHAPES)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--budget", type=float, default=24.0, help="GiB")
-    parser.add_argument("--max-model-len", type=int, default=8192)
+    parser.add_argument("--max-model-len", type=int, default=0, help="tokens; 0: the model's own, at most 8192")
     parser.add_argument("--ladder", default="w8,w4")
-    parser.add_argument("--phases", default="decode,prefill,sampled,shift,paced,trace")
-    parser.add_argument("--batches", default="1,8,32,64,128,256")
-    parser.add_argument("--rungs", default="full,w8,w4")
+    parser.add_argument("--phases", default=",".join(PHASES))
+    parser.add_argument("--batches", type=numbers, help="of the decode phase")
+    parser.add_argument("--rungs", default="", help="of the phases that are measured at each; empty: all")
     parser.add_argument("--set", action="append", default=[], help="section.field=value, JSON")
     parser.add_argument("--out", type=Path)
+    for name, value in vars(Peaks()).items():
+        parser.add_argument(f"--peak-{name.replace('_', '-')}", type=float, default=value, help="of the GPU")
     given = parser.parse_args()
-    folder = write_folder(given.shape, Path(tempfile.mkdtemp()))
+    unknown = [name for name in given.phases.split(",") if name not in PHASES]
+    if unknown:
+        parser.error(f"no such phase: {', '.join(unknown)}; there are {', '.join(PHASES)}")
+    return given
+
+
+def settings_of(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The engine's settings."""
+    small = given.device == "cpu"
+    longest = given.max_model_len or min(8192, int(str(SHAPES[given.shape]["max_position_embeddings"])))
     settings: dict[str, Any] = {
-        "device": "cuda", "model": {"path": str(folder), "dtype": "bfloat16", "max_model_len": given.max_model_len,
-                                    "load_format": "dummy"},
-        "memory": {"budget_gib": given.budget}, "cache": {"prefix": False},
-        "scheduler": {"max_num_seqs": 256, "max_num_batched_tokens": 2048},
+        "device": given.device, "model": {"path": str(folder), "dtype": "bfloat16", "load_format": "dummy",
+                                          "max_model_len": min(longest, 512) if small else longest},
+        "memory": {"kv_tokens": 4096} if small else {"budget_gib": given.budget}, "cache": {"prefix": False},
+        "scheduler": {"max_num_seqs": 32 if small else 256, "max_num_batched_tokens": 256 if small else 2048},
         "morph": {"mode": "off", "ladder": given.ladder.split(","), "costs": "off"},
+        "overlap": "on",
     }  # fmt: skip
     for item in given.set:
         name, value = item.split("=", 1)
         *section, field = name.split(".")
         (settings.setdefault(section[0], {}) if section else settings)[field] = json.loads(value)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return settings
+
+
+def start(given: argparse.Namespace, folder: Path, result: dict[str, Any]) -> Bench:
+    """Build the engine."""
+    settings, scale = settings_of(given, folder), SMALL if given.device == "cpu" else Scale()
+    if given.batches:
+        scale = replace(scale, batches=given.batches)
+    memory = Memory(given.device)
     began = time.monotonic()
     engine = build_engine(EngineConfig.from_mapping(settings))
-    driver, parts = Driver(engine), engine.parts
-    layers = parts.spec.layers
-    result: dict[str, Any] = {"shape": given.shape, "gpu": torch.cuda.get_device_name(), "settings": settings}
+    parts, layers = engine.parts, engine.parts.spec.layers
     result["start_s"] = time.monotonic() - began
+    result |= {"shape": given.shape, "settings": settings, "torch": torch.__version__}
+    result["gpu"] = torch.cuda.get_device_name() if given.device == "cuda" else "CPU"
     result["ledger"] = parts.ledger.describe()
-    result["kv_tokens"] = {level: parts.capacities[level] * 16 for level in range(0, len(parts.capacities), layers)}
-    result["kernels"] = {rung: parts.swapper._slots.kernel_names(rung) for rung in parts.swapper._slots.rungs}
-    print(json.dumps(result), flush=True)
+    blocks = {str(level): parts.capacities[level] for level in range(0, len(parts.capacities), layers)}
+    result["kv_tokens"] = {level: count * parts.config.memory.block_tokens for level, count in blocks.items()}
+    result["kernels"] = {rung: parts.swapper._slots.kernel_names(rung) for rung in parts.ledger.slot_bytes}
+    result["nvml_start_mib"] = memory.used_bytes() / 2**20
+    peaks = Peaks(**{name: getattr(given, f"peak_{name}") for name in vars(Peaks())})
+    roofline = Roofline(parts, peaks)
+    result["peaks"] = vars(peaks)
     levels = {"full": 0, **{rung: layers * (i + 1) for i, rung in enumerate(given.ladder.split(","))}}
-    for rung in given.rungs.split(","):
-        engine.set_level(levels[rung])
-        rows = result.setdefault(rung, {"decode": [], "prefill": []})
-        if "decode" in given.phases:
-            decode(driver, 8, 128, 16)
-            for batch in map(int, given.batches.split(",")):
-                rows["decode"].append(decode(driver, batch, 128, 128 if batch < 256 else 112))
-                print(rung, json.dumps(rows["decode"][-1]), flush=True)
-        if "prefill" in given.phases:
-            for tokens in sorted({min(n, given.max_model_len - 8) for n in (2048, 8192)}):
-                rows["prefill"].append(prefill(driver, tokens))
-                print(rung, json.dumps(rows["prefill"][-1]), flush=True)
-    if "sampled" in given.phases:  # drawn on the GPU; by the host's sampler, which waits for it
-        engine.set_level(0)
-        choices: dict[str, dict[str, float]] = {
-            "temperature": {"temperature": 1.0}, "top_p": {"temperature": 1.0, "top_p": 0.9},
-        }  # fmt: skip
-        result["sampled"] = {name: decode(driver, 64, 128, 64, **choice) for name, choice in choices.items()}
-        print("sampled", json.dumps(result["sampled"]), flush=True)
-    if "shift" in given.phases:
-        engine.set_level(0)
-        walks = [layers, 0, layers, 0, len(parts.capacities) - 1, 0]
-        result["shift"] = []
-        for target in walks:
-            result["shift"].append(shift(driver, target))
-            print("shift", json.dumps(result["shift"][-1]), flush=True)
-    if "paced" in given.phases:
-        result["paced"] = [paced(driver, 2, 7), paced(driver, layers + 2, 7)]
-        for row in result["paced"]:
-            print("paced", json.dumps(row), flush=True)
-    if "trace" in given.phases:
-        engine.set_level(0)
-        result["trace"] = trace(driver, 4)
-        print("idle share", result["trace"]["idle_share"], flush=True)
-    engine.check_integrity()
-    if given.out:
-        events = result.pop("trace", None)
-        given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        if events:
-            given.out.with_suffix(".trace.json").write_text(json.dumps(events), encoding="utf-8")
-    engine.close()
+    rungs = given.rungs.split(",") if given.rungs else list(levels)
+    longest = settings["model"]["max_model_len"]
+    print(json.dumps(result), flush=True)
+    return Bench(
+        engine, Driver(engine), roofline, memory, scale, {rung: levels[rung] for rung in rungs}, longest, result
+    )
+
+
+def recover(bench: Bench) -> None:
+    """After a phase that has failed: nobody runs, all layers are at full precision."""
+    try:
+        bench.driver.clear()
+        bench.engine.set_level(0)
+    except Exception as error:  # noqa: BLE001  the next phase will say so too
+        print(f"the engine could not be put back: {error}", flush=True)
+
+
+def measure(given: argparse.Namespace, report: Report, phases: set[str]) -> None:
+    """All phases of one engine."""
+    folder = write_folder(given.shape, Path(tempfile.mkdtemp()))
+    bench = start(given, folder, report.result)
+    result = report.result
+
+    def one(name: str, work: Callable[[], Any], place: dict[str, Any], key: str) -> None:
+        if not report.attempt(name, work, place, key):
+            recover(bench)
+
+    # Steps as they will come, before anything is timed.
+    static_batches.batch_row(bench.driver, min(8, bench.scale.batch), bench.scale.prompt, 16)
+    for name, phase in FIRST.items():
+        if name in phases:
+            one(name, partial(phase, bench), result, name)
+    for rung, level in bench.levels.items():
+        place = result.setdefault(rung, {})
+        for name, work in BY_RUNG.items():
+            if name in phases:
+                bench.engine.set_level(level)
+                one(f"{rung} {name}", partial(work, bench, rung), place, name)
+    for name, phase in LAST.items():
+        if name in phases:
+            one(name, partial(phase, bench), result, name)
+    one("integrity", bench.engine.check_integrity, result, "integrity")
+    result["nvml_end_mib"] = bench.memory.used_bytes() / 2**20
+    bench.engine.close()
+
+
+def elsewhere(given: argparse.Namespace, extra: Sequence[str]) -> Any:
+    """The result of this program with other settings, in a process of its own.
+
+    Raises:
+        RuntimeError: it has failed; its error has been printed.
+    """
+    out = Path(tempfile.mkdtemp()) / "result.json"
+    command = [
+        sys.executable, __file__, "--shape", given.shape, "--device", given.device, "--budget", str(given.budget),
+        "--max-model-len", str(given.max_model_len), "--out", str(out), *extra,
+        *(["--batches", ",".join(map(str, SMALL.batches if given.device == "cpu" else (1, 8, 64, 128)))]),
+    ]  # fmt: skip
+    for item in given.set:
+        command += ["--set", item]
+    if subprocess.run(command, check=False).returncode:
+        raise RuntimeError(f"{' '.join(extra)}: its error stands above")
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Measure what was asked for."""
+    given = arguments()
+    phases = set(given.phases.split(","))
+    report, notes = Report(given.out), Notes()
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[logging.StreamHandler(), notes])
+    report.result["notes"] = notes.lines
+    if phases - set(CHILDREN):
+        report.attempt("engine", partial(measure, given, report, phases), {}, "")
+    for name, extra in CHILDREN.items():
+        if name in phases:
+            report.attempt(name, partial(elsewhere, given, extra), report.result, name)
+    failed = report.result["failed"]
+    print("seconds", json.dumps(report.result["seconds"]), flush=True)
+    sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":

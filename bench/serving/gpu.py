@@ -199,7 +199,7 @@ def row(job: Mapping[str, Any]) -> str:
             f"{name}  B={int(one['streams']):3} {one['tok_s']:9.1f} tok/s  ITL ms mean {one['itl_mean_ms']:.2f} p50 "
             f"{one['itl_p50_ms']:.2f} p99 {one['itl_p99_ms']:.2f} max {one['itl_max_ms']:.1f}  TTFT ms p50 "
             f"{one['ttft_p50_ms']:.1f} p99 {one['ttft_p99_ms']:.1f}  {one['tokens_per_chunk']:.2f} tokens a chunk "
-            f"{one.get('mode', '')}"
+            f"{one.get('mode', '')}{'' if one.get('together', 1) else ' (the streams never decoded all together)'}"
             for one in found["batches"]
         )
     ttft, tpot, share = found["ttft_s"], found["tpot_s"], found["level0_tokens"]

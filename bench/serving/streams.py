@@ -31,26 +31,42 @@ Arrivals = list[tuple[float, int]]
 def figures(sent: Sequence[float], streams: Sequence[Arrivals]) -> dict[str, float]:
     """Of a batch: gaps and tokens while all of it decodes; times to first token.
 
-    A chunk of several tokens counts as one gap and then gaps of 0, as its reader sees it.
+    If the first streams have ended before the last ones begin, `together` is 0, and gaps and tokens are those from the
+    first token of all to the last. A chunk of several tokens counts as one gap and then gaps of 0, as its reader sees
+    it.
+
+    Raises:
+        SystemExit: there are no gaps, for each stream came in one chunk.
     """
-    begin = max(stream[0][0] for stream in streams)
-    end = min(stream[-1][0] for stream in streams)
+    firsts, lasts = [stream[0][0] for stream in streams], [stream[-1][0] for stream in streams]
+    begin, end = max(firsts), min(lasts)
+    gaps, tokens = _within(streams, begin, end)
+    together = bool(gaps)
+    if not together:
+        begin, end = min(firsts), max(lasts)
+        gaps, tokens = _within(streams, begin, end)
+    steps = [gap for gap in gaps if gap > 0]
+    if not steps:
+        raise SystemExit("each stream came in one chunk: more output tokens are needed")
+    ttft = [(first - at) * 1e3 for at, first in zip(sent, firsts, strict=True)]
+    return {
+        "together": float(together),
+        "streams": len(streams), "window_s": end - begin, "tok_s": tokens / (end - begin),
+        "itl_mean_ms": sum(gaps) / len(gaps), "itl_p50_ms": percentile(steps, 50), "itl_p99_ms": percentile(steps, 99),
+        "itl_max_ms": max(gaps), "tokens_per_chunk": tokens / len(steps),
+        "ttft_p50_ms": percentile(ttft, 50), "ttft_p99_ms": percentile(ttft, 99),
+    }  # fmt: skip
+
+
+def _within(streams: Sequence[Arrivals], begin: float, end: float) -> tuple[list[float], int]:
+    """Gaps in ms, and tokens after them, between two times."""
     gaps, tokens = [], 0
     for stream in streams:
         for (before, _), (at, count) in itertools.pairwise(stream):
             if begin <= before and at <= end:
                 gaps += [(at - before) * 1e3] + [0.0] * (count - 1)
                 tokens += count
-    ttft = [(stream[0][0] - at) * 1e3 for at, stream in zip(sent, streams, strict=True)]
-    if end <= begin or not gaps:
-        raise SystemExit("the streams never decoded all together: more output tokens, or fewer streams, are needed")
-    steps = [gap for gap in gaps if gap > 0]
-    return {
-        "streams": len(streams), "window_s": end - begin, "tok_s": tokens / (end - begin),
-        "itl_mean_ms": sum(gaps) / len(gaps), "itl_p50_ms": percentile(steps, 50), "itl_p99_ms": percentile(steps, 99),
-        "itl_max_ms": max(gaps), "tokens_per_chunk": tokens / len(steps),
-        "ttft_p50_ms": percentile(ttft, 50), "ttft_p99_ms": percentile(ttft, 99),
-    }  # fmt: skip
+    return gaps, tokens
 
 
 def repeats(size: int) -> int:

@@ -3,10 +3,11 @@
     morph costs models/morph-demo --ladder w8,w4 --out PROFILE.json
     python bench/simulate/against_engine.py --profile PROFILE.json [--out RESULT.json]
 
-The engine runs in this process with a stand-in for Triton's queue: at most `line` requests at a time are in it without
-having run. Levels are fixed. The clock is the CPU time of this process, so other work on the machine does not count;
-where the engine would wait for a request, the clock is put forward. Each burst is simulated twice: with the profile
-as it is, and with all step times multiplied by one factor, the real steps' time over what the profile says of them.
+The engine runs in this process with a stand-in for Triton's queue, which lets requests in by the rule of
+`morph_runtime.credits`. Levels are fixed. The clock is the CPU time of this process, so other work on the machine does
+not count; where the engine would wait for a request, the clock is put forward. Each burst is simulated twice: with the
+profile as it is, and with all step times multiplied by one factor, the real steps' time over what the profile says of
+them.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import numpy as np
 
 from morph_runtime.config import EngineConfig
 from morph_runtime.costs.correction import StepCorrection
+from morph_runtime.credits import CreditLimits, EngineNews, may_enter
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.core import Engine
 from morph_runtime.engine.messages import SamplingParams, Submit
@@ -102,13 +104,14 @@ def replay(engine: Engine, arrivals: Arrivals, profile: EngineProfile) -> tuple[
 
     engine.parts.runner.launch = watched  # type: ignore[method-assign]
     try:
-        found, busy_s = serve(engine, arrivals, profile.line)
+        limits = CreditLimits(profile.line, profile.max_num_batched_tokens, profile.max_num_seqs)
+        found, busy_s = serve(engine, arrivals, limits)
     finally:
         engine.parts.runner.launch = launch  # type: ignore[method-assign]
     return found, busy_s / sum(predicted)
 
 
-def serve(engine: Engine, arrivals: Arrivals, line: int) -> tuple[dict[str, float], float]:
+def serve(engine: Engine, arrivals: Arrivals, limits: CreditLimits) -> tuple[dict[str, float], float]:
     """The same, with the seconds in which steps ran."""
     rng = random.Random(1)
     vocab = engine.parts.spec.vocab
@@ -116,16 +119,20 @@ def serve(engine: Engine, arrivals: Arrivals, line: int) -> tuple[dict[str, floa
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     offset = rng.getrandbits(50)
-    free, busy_s, forward = line, 0.0, 0.0
+    held: dict[int, int] = {}  # prompt tokens of those who hold a credit
+    news = EngineNews()
+    busy_s, forward = 0.0, 0.0
     began = time.process_time()
     while len(last) < len(arrivals):
         now = time.process_time() - began + forward
-        while outside and free and arrivals.arrival_s[outside[0]] <= now:
-            key = outside.popleft()
-            prompt = [rng.randrange(5, vocab) for _ in range(int(arrivals.prompt_tokens[key]))]
+        while outside and arrivals.arrival_s[outside[0]] <= now:
+            key, tokens = outside[0], int(arrivals.prompt_tokens[outside[0]])
+            if not may_enter(limits, news, len(held), sum(held.values()), 1, tokens):
+                break
+            held[offset + outside.popleft()] = tokens
+            prompt = [rng.randrange(5, vocab) for _ in range(tokens)]
             sampling = SamplingParams(max_tokens=int(arrivals.output_tokens[key]), ignore_eos=True, temperature=0.0)
             engine.submit(Submit(key=offset + key, prompt=prompt, sampling=sampling, arrival_s=float(key)))
-            free -= 1
         if not engine.has_requests:
             forward += max(0.0, float(arrivals.arrival_s[outside[0]]) - now)
             continue
@@ -135,7 +142,9 @@ def serve(engine: Engine, arrivals: Arrivals, line: int) -> tuple[dict[str, floa
         ended = time.process_time() - began + forward
         if output is None:
             continue
-        free += len(output.started)
+        for started in output.started:
+            del held[started]
+        news = EngineNews(output.running, output.short_of_blocks)
         for delta in output.tokens:
             first.setdefault(delta.key - offset, ended)
         for done in output.finished:

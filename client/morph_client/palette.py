@@ -12,6 +12,8 @@ RUNG_GLYPH = {"full": "█", "w8": "▓", "w4": "░"}
 RUNG_LETTER = {"full": "F", "w8": "8", "w4": "4"}
 
 ACCENT = "#2a9d9f"
+FURTHER = ("#9273c4", "#4f9a5f")
+"""What comes beside the accent: further configurations that morph."""
 MUTED = "#8a94a0"
 WARN = "#b98414"
 BAD = "#cf6a4c"

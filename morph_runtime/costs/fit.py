@@ -6,8 +6,9 @@ but noise: it is set to 0, and the others are fitted without it (non-negative le
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +33,8 @@ class StepFit:
     chunk_s: float
     prompt_s: Floats
     row_s: float
+    step_sizes: tuple[int, ...] = ()
+    padded_s: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -50,30 +53,38 @@ class _Reads:
         return decodes + prefill
 
 
-def fit_steps(by_rung: Sequence[Times], others: Times) -> StepFit:
+def fit_steps(by_rung: Sequence[Times], others: Times, step_sizes: tuple[int, ...] = ()) -> StepFit:
     """Fit the model.
 
     Args:
         by_rung: per rung, `full` first, all layers at it: steps of decodes of one context, and prompts'
             first chunks. The first rung has at least one step; one that others lack is scaled from its neighbours.
         others: further steps at full precision, in any number: the more are missing, the more is left at 0.
+        step_sizes: to which steps with prompt tokens are padded, ascending; empty: they are not. If no such step was
+            timed, they are taken not to be.
     """
     full = {**others, **by_rung[0]}
     reads = _fit_reads(full)
     bare = [{shape: _less(seconds, reads.of(shape)) for shape, seconds in times.items()} for times in by_rung]
-    sizes = sorted({shape.tokens for shape in by_rung[0]})
+    padded = None
+    if step_sizes:
+        padded = _fit_padded(bare, step_sizes)
+        bare = [{shape: seconds for shape, seconds in times.items() if not shape.prefill} for times in bare]
+    sizes = sorted({shape.tokens for shape in bare[0]})
     rows = [{shape.tokens: seconds for shape, seconds in times.items()} for times in bare]
     curves = [_curve(row, rows[0], sizes) for row in rows]
     if sizes[0] > 1 or len(sizes) < 2:  # too slow for more: the time is that of the weights, however few the tokens
         sizes = sorted({1, 2, *sizes})
-        known = [shape.tokens for shape in by_rung[0]]
-        curves = [np.interp(sizes, sorted(known), curve) for curve in curves]
+        known = sorted({shape.tokens for shape in bare[0]})
+        curves = [np.interp(sizes, known, curve) for curve in curves]
     tokens, whole = np.array(sizes, dtype=np.float64), np.array(curves)
+    found = (tokens, whole, reads.context_s, reads.mean_context_s, reads.pair_s, reads.chunk_s)
+    if padded is not None:
+        row_s = _fit_row(others, reads, lambda count: float(padded[0][_place(step_sizes, count)]))
+        return StepFit(*found, np.zeros(len(tokens)), row_s, step_sizes, padded)
     prompts = _fit_prompts(others, reads, tokens, whole[0])
-    return StepFit(
-        tokens, whole, reads.context_s, reads.mean_context_s, reads.pair_s, reads.chunk_s, prompts,
-        _fit_row(others, reads, tokens, whole[0] + prompts),
-    )  # fmt: skip
+    row_s = _fit_row(others, reads, lambda count: float(np.interp(count, tokens, whole[0] + prompts)))
+    return StepFit(*found, prompts, row_s)
 
 
 def non_negative(features: Floats, values: Floats, weights: Floats) -> Floats:
@@ -147,12 +158,38 @@ def _fit_prompts(others: Times, reads: _Reads, tokens: Floats, full: Floats) -> 
     return np.where(tokens <= most, inside, 0.0)
 
 
-def _fit_row(others: Times, reads: _Reads, tokens: Floats, prompts: Floats) -> float:
-    """What a decode takes in a step with a chunk; `prompts` [G] is such a step without it."""
+def _fit_padded(bare: Sequence[Times], step_sizes: Sequence[int]) -> Floats | None:
+    """Steps with prompt tokens by the size to which they are padded, [rungs, S]; None if none was timed.
+
+    Between sizes that were timed a straight line; beyond the longest as steep as from half of it on.
+    """
+    rows = [
+        {step_sizes[_place(step_sizes, shape.tokens)]: seconds for shape, seconds in times.items() if shape.prefill}
+        for times in bare
+    ]
+    sizes = sorted(rows[0])
+    if not sizes:
+        return None
+    curves = np.array([_curve(row, rows[0], sizes) for row in rows])  # [rungs, timed]
+    wanted, longest = np.array(step_sizes, dtype=np.float64), float(sizes[-1])
+    inside = np.array([np.interp(wanted, sizes, curve) for curve in curves])
+    before = np.array([np.interp(longest / 2, sizes, curve) for curve in curves])
+    slopes = np.maximum(curves[:, -1] - before, 0.0) / (longest / 2)
+    padded: Floats = inside + slopes[:, None] * np.maximum(wanted - longest, 0.0)
+    return padded
+
+
+def _place(step_sizes: Sequence[int], count: int) -> int:
+    """Index of the size that holds so many tokens; the last if none does."""
+    return min(bisect_left(step_sizes, count), len(step_sizes) - 1)
+
+
+def _fit_row(others: Times, reads: _Reads, prompts: Callable[[int], float]) -> float:
+    """What a decode takes in a step with a chunk; `prompts` says what such a step takes without it, by its tokens."""
     both = [shape for shape in others if shape.prefill and shape.decodes]
     if not both:
         return 0.0
-    rest = [others[s] - reads.of(s) - float(np.interp(s.tokens, tokens, prompts)) for s in both]
+    rest = [others[shape] - reads.of(shape) - prompts(shape.tokens) for shape in both]
     counts = np.array([shape.decodes for shape in both], dtype=np.float64)
     weights = np.array([1 / others[shape] for shape in both])
     return float(non_negative(np.stack([counts, 0 * counts], axis=1), np.array(rest), weights)[0])

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from morph_runtime.costs.probe import Shape, StepProbe
-from morph_runtime.costs.samples import time_shapes
+from morph_runtime.costs.timing import time_shapes
 from morph_runtime.engine.core import EngineParts
 from morph_runtime.morph.costs import StepCosts
 from morph_runtime.morph.levels import LevelPlan
@@ -43,21 +43,24 @@ def held_out_levels(plan: LevelPlan) -> list[int]:
 
 
 def held_out_shapes(probe: StepProbe) -> list[Shape]:
-    """Sizes that lie between those that a model is fitted to."""
-    settings, longest = probe.parts.config.scheduler, probe.parts.max_model_len
+    """Sizes that lie between those that a model is fitted to, with contexts that fit into the cache."""
+    parts = probe.parts
+    settings, longest = parts.config.scheduler, parts.max_model_len
     seqs, tokens = settings.max_num_seqs, settings.max_num_batched_tokens
+    room = max(parts.capacities[0] * parts.config.memory.block_tokens - longest, 0)
     counts = sorted({max(1, seqs * share // 64) for share in (3, 6, 12, 24, 40, 56)})
     shapes = [Shape(n, context) for n in counts for context in (longest // 20, longest // 8, longest // 3)]
-    chunks = [(tokens * 3 // 4, 0), (tokens * 3 // 8, longest // 3), (tokens // 5, longest // 2), (tokens // 10, 0)]
+    chunks = [(tokens * 11 // 16, 0), (tokens * 5 // 16, longest // 3), (tokens // 5, longest // 2), (tokens // 10, 0)]
     shapes += [Shape(0, 0, n, start) for n, start in chunks]
     few, many = max(1, seqs // 8), max(1, seqs * 3 // 4)
-    shapes += [
-        Shape(few, longest // 8, tokens - few, 0),
-        Shape(few, longest // 4, tokens // 3, longest // 4),
-        Shape(many, longest // 16, tokens // 2, longest // 8),
-        Shape(many, longest // 20, tokens // 8, 0),
+    mixed = [
+        (few, longest // 8, tokens - few, 0),
+        (few, longest // 4, tokens // 3, longest // 4),
+        (many, longest // 16, tokens // 2, longest // 8),
+        (many, longest // 20, tokens // 8, 0),
     ]
-    fits = [shape for shape in dict.fromkeys(shapes) if probe.shape_fits(shape, probe.parts.capacities[0])]
+    shapes += [Shape(n, min(context, room // n), chunk, start) for n, context, chunk, start in mixed]
+    fits = [shape for shape in dict.fromkeys(shapes) if probe.shape_fits(shape, parts.capacities[0])]
     return [s for s in fits if s.tokens and (s.context or not s.decodes) and (s.prefill or s.decodes)]
 
 

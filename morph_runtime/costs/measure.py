@@ -11,7 +11,8 @@ import numpy as np
 
 from morph_runtime.costs.fit import Times, fit_steps
 from morph_runtime.costs.probe import Shape, StepProbe
-from morph_runtime.costs.samples import decode_shapes, other_shapes, prefill_shapes, time_shapes, usual_context
+from morph_runtime.costs.samples import other_shapes, rung_shapes
+from morph_runtime.costs.timing import time_shapes
 from morph_runtime.engine.core import EngineParts
 from morph_runtime.morph.costs import StepCosts, layer_counts
 from morph_runtime.morph.levels import LevelPlan
@@ -19,6 +20,10 @@ from morph_runtime.morph.shifter import ShiftCounters
 
 STEPS_SHARE, OTHERS_SHARE, WALK_SHARE = 0.4, 0.3, 0.15
 """Of the time budget: for steps at the uniform rungs, for other steps at level 0, for one rung's way down or up."""
+PADDED_STEPS_SHARE = 0.6
+"""The first of these where steps are padded: there are more of them to time, and a GPU's walks take next to nothing."""
+MIXED_S = 0.5
+"""Seconds that a step of mixed rungs may be timed for."""
 NEEDED = 2
 """Steps that are timed at each rung, however slow they are."""
 
@@ -59,12 +64,8 @@ def measure(parts: EngineParts, plan: LevelPlan, budget_s: float, clock: Callabl
     """
     began = time.monotonic()
     probe, walk = StepProbe(parts, clock), _Walk()
-    settings = parts.config.scheduler
-    shapes = decode_shapes(settings.max_num_seqs, usual_context(probe))
-    longer = prefill_shapes(settings.max_num_seqs, settings.max_num_batched_tokens)
-    ordered = dict.fromkeys((shapes[0], shapes[-1], *longer[:1], *longer[-1:], *shapes, *longer))
-    grid = [shape for shape in ordered if probe.shape_fits(shape, parts.capacities[0])]
-    steps_s = budget_s * STEPS_SHARE / (1 + len(plan.ladder))
+    grid, sizes = rung_shapes(probe), parts.runner.step_sizes
+    steps_s = budget_s * (PADDED_STEPS_SHARE if sizes else STEPS_SHARE) / (1 + len(plan.ladder))
     try:
         with probe.borrow_blocks():
             walk.times.append(time_shapes(probe, grid, steps_s, NEEDED))
@@ -76,7 +77,7 @@ def measure(parts: EngineParts, plan: LevelPlan, budget_s: float, clock: Callabl
         _up(parts, plan, walk)
     reached = len(walk.times)
     times = [*walk.times, *[walk.times[-1]] * (1 + len(plan.ladder) - reached)]
-    fit = fit_steps(times, others)
+    fit = fit_steps(times, others, sizes)
     downs, ups = _filled(walk.downs_s, plan), _filled(walk.ups_s[::-1], plan)
     costs = StepCosts(
         rungs=("full", *plan.ladder),
@@ -95,6 +96,9 @@ def measure(parts: EngineParts, plan: LevelPlan, budget_s: float, clock: Callabl
         downs_s=downs,
         ups_s=ups,
         depth=parts.swapper.depth,
+        step_sizes=fit.step_sizes,
+        padded_s=fit.padded_s,
+        mixed_sizes=parts.runner.mixed_step_sizes if fit.step_sizes else (),
     )
     costs.check()
     unreached = tuple(plan.ladder[reached - 1 :])
@@ -136,7 +140,8 @@ def _down_a_rung(
 def _mixed(probe: StepProbe, walk: _Walk, shape: Shape) -> float:
     """What a step of decodes takes more once one layer differs from the others; its own saving is left aside."""
     with probe.borrow_blocks():
-        return max(0.0, min(probe.run(shape) for _ in range(5)) - walk.times[-1][shape])
+        (seconds,) = time_shapes(probe, [shape], MIXED_S, 1).values()
+    return max(0.0, seconds - walk.times[-1][shape])
 
 
 def _shift(parts: EngineParts, level: int) -> float:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 
 import numpy as np
 
@@ -92,13 +94,40 @@ class StepProbe:
             and shape.blocks(self._parts.config.memory.block_tokens) <= blocks
         )
 
-    def run(self, shape: Shape) -> float:
-        """Run a step to its end; seconds. The blocks are borrowed and the shape fits."""
+    @property
+    def steady(self) -> bool:
+        """Whether the engine prepares a step while the one before runs, so that runs of steps are timed."""
+        return self._parts.config.overlaps
+
+    def run(self, shape: Shape, steps: int = 1) -> float:
+        """Run steps to their end; seconds of one. The blocks are borrowed and the shape fits.
+
+        With overlap, steps follow each other as in serving: one is launched while the one before runs. What counts is
+        the time between the ends of two of them, or a launch where the host is the slower one; of either the median,
+        for a step that is slow, or an end that is seen late, lengthens one interval and shortens another.
+
+        Args:
+            shape: of the steps.
+            steps: that are timed, with overlap, after one that is not; without, one is.
+        """
         batch = self._batch(shape)
         rows = [self._row] * len(batch.logits_at)
-        began = self.clock()
-        self._parts.runner.launch(batch, rows, None).result()
-        return self.clock() - began
+        launch, clock = self._parts.runner.launch, self.clock
+        if not self.steady:
+            began = clock()
+            launch(batch, rows, None).result()
+            return clock() - began
+        flight, launches, ends = launch(batch, rows, None), [], []
+        for _ in range(steps):
+            began = clock()
+            following = launch(batch, rows, flight)
+            launches.append(clock() - began)
+            flight.result()
+            ends.append(clock())
+            flight = following
+        flight.result()
+        ends.append(clock())
+        return max(median(after - before for before, after in pairwise(ends)), median(launches))
 
     def _batch(self, shape: Shape) -> HostBatch:
         """Sequences side by side in the borrowed blocks; token ids are random: embeddings come from all over."""

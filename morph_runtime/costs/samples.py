@@ -1,19 +1,17 @@
-"""Which steps are timed for a cost model, and how: rounds over all of them within a time budget, the least of each."""
+"""Which steps are timed for a cost model, what matters most first."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from morph_runtime.costs.probe import Shape, StepProbe
 
-MAX_ROUNDS = 5
 USUAL_CONTEXT = 128
-PATIENCE = 3
-"""Where steps are timed in processor time, other processes may take the rest of so many times as many seconds."""
 MIN_PREFILL = 16
-FIRST_SHARE = 0.7
-"""Of the budget, what the first round may take."""
+MIN_EDGE = 16
+"""Batches of decodes up to which a graph for the next power of two costs next to nothing more."""
+NEAR = 1.33
+"""Ratio of sizes between which a straight line does if there is no time for more."""
 MANY_DECODES = 0.5
 """Decodes of the step with a chunk that shows what a decode costs there, as a share of all that may run."""
 
@@ -38,6 +36,39 @@ def usual_context(probe: StepProbe) -> int:
     return max(block, min(USUAL_CONTEXT, parts.max_model_len // 8, room) // block * block)
 
 
+def rung_shapes(probe: StepProbe) -> list[Shape]:
+    """Steps that are timed at every rung: decodes of one context, and chunks that begin a prompt.
+
+    Where steps are padded, chunks are of the sizes to which they are; decodes are padded to powers of two, so they are
+    timed on both sides of each step of that staircase. Sizes near to others come last.
+    """
+    parts = probe.parts
+    settings, padded = parts.config.scheduler, parts.runner.step_sizes
+    seqs, usual = settings.max_num_seqs, usual_context(probe)
+    decodes, edges = decode_shapes(seqs, usual), []
+    if padded:
+        longest = min(settings.max_num_batched_tokens, parts.max_model_len)
+        every = list(dict.fromkeys(min(n, longest) for n in padded))
+        chunks = [Shape(0, prefill=n) for n in spread(every)]
+        ends = [*chunks[-1:], *chunks[:1]]
+        edges = [Shape(n + 1, usual) for n in sizes(seqs) if MIN_EDGE <= n < seqs - 1]
+        edges += [Shape(0, prefill=n) for n in every]
+    else:
+        chunks = prefill_shapes(seqs, settings.max_num_batched_tokens)
+        ends = [*chunks[:1], *chunks[-1:]]
+    ordered = dict.fromkeys((decodes[0], decodes[-1], *ends, *decodes, *chunks, *edges))
+    return [shape for shape in ordered if probe.shape_fits(shape, parts.capacities[0])]
+
+
+def spread(numbers: Sequence[int]) -> list[int]:
+    """Of ascending numbers the first, the last, and between them no two nearer than `NEAR`, ascending."""
+    kept = [numbers[-1]]
+    for number in reversed(numbers[:-1]):
+        if number * NEAR <= kept[-1]:
+            kept.append(number)
+    return sorted({numbers[0], *kept})
+
+
 def decode_shapes(max_num_seqs: int, context: int) -> list[Shape]:
     """Steps of decodes alone, the fewest first; powers of two, as CUDA graphs are."""
     return [Shape(count, context) for count in sizes(max_num_seqs)]
@@ -56,7 +87,7 @@ def prefill_shapes(max_num_seqs: int, max_batched_tokens: int) -> list[Shape]:
 def other_shapes(probe: StepProbe) -> list[Shape]:
     """What does not depend on rungs, timed at level 0: long contexts, late chunks, short chunks, chunks beside decodes.
 
-    What matters most comes first.
+    What matters most comes first. Where steps are padded, short chunks are among `rung_shapes`.
     """
     parts = probe.parts
     settings, block = parts.config.scheduler, parts.config.memory.block_tokens
@@ -72,41 +103,15 @@ def other_shapes(probe: StepProbe) -> list[Shape]:
     shapes.append(Shape(0, prefill=chunk, start=longest - chunk))
     for length in dict.fromkeys((max(chunk // 4, 1), max(chunk // 16, 1))):
         shapes += [Shape(0, prefill=length, start=start) for start in (longest - length, (longest - length) // 2)]
-    shapes += [Shape(0, prefill=n) for n in sizes(seqs) if n > 1 and n >= min(MIN_PREFILL, seqs)]
+    if not parts.runner.step_sizes:
+        shapes += [Shape(0, prefill=n) for n in sizes(seqs) if n > 1 and n >= min(MIN_PREFILL, seqs)]
     count = max(1, int(min(seqs - 1, tokens // 2) * MANY_DECODES))
-    shapes += [Shape(count, usual, min(n, longest)) for n in (tokens - count, (tokens - count) // 3) if n > 1]
+    chunks = [min((tokens - count) // part, longest) for part in (1, 3)]
+    if parts.runner.step_sizes:
+        chunks += [(tokens - count) // part for part in (8, 16)]  # steps so short that it shows what a decode adds
+    shapes += [Shape(count, usual, n) for n in chunks if n > 1]
+    if parts.runner.step_sizes and (some := seqs // 4) > 1:  # contexts as in serving
+        context = min(longest, base // some) // block * block
+        shapes += [Shape(some, context), Shape(some, context // 2)]
     fits = [s for s in dict.fromkeys(shapes) if s.tokens and probe.shape_fits(s, parts.capacities[0])]
     return [s for s in fits if s.context > usual or s.prefill]
-
-
-def time_shapes(probe: StepProbe, shapes: Sequence[Shape], budget_s: float, needed: int) -> Mapping[Shape, float]:
-    """Seconds of each step. The blocks are borrowed.
-
-    Rounds over all shapes, not repetitions of each: what disturbs the machine for a moment then meets every shape at
-    most once. Of the rounds the least time counts, for disturbances only ever add. The first round tells what fits
-    into the budget: shapes that do not are left out, from the end of the list, but for the first `needed`.
-
-    Args:
-        probe: runs them.
-        shapes: what matters most comes first; at least one.
-        budget_s: seconds by the clock of the steps; no more than `PATIENCE` times that pass meanwhile. More only if the
-            `needed` ones take more.
-        needed: shapes that are timed in any case.
-    """
-    clock_began, began = probe.clock(), time.monotonic()
-
-    def spent_s() -> float:
-        return max(probe.clock() - clock_began, (time.monotonic() - began) / PATIENCE)
-
-    least: dict[Shape, float] = {}
-    probe.run(shapes[0])
-    for place, shape in enumerate(shapes):
-        if place >= needed and spent_s() > FIRST_SHARE * budget_s:
-            break
-        least[shape] = probe.run(shape)
-    for _ in range(MAX_ROUNDS - 1):
-        for shape in least:
-            if spent_s() > budget_s:
-                return least
-            least[shape] = min(least[shape], probe.run(shape))
-    return least

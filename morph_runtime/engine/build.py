@@ -188,7 +188,9 @@ def check_context(config: EngineConfig, spec: ModelSpec) -> None:
     """Raises ConfigError if a longer context is asked for than the model has."""
     asked = config.model.max_model_len
     if asked > spec.max_positions:
-        raise ConfigError(f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens.")
+        raise ConfigError(
+            f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens: lower it."
+        )
 
 
 def open_device(config: EngineConfig) -> EngineDevice:

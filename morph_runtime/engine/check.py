@@ -37,4 +37,8 @@ def _without_device(config: EngineConfig) -> str:
     check_context(config, spec)
     if config.model.awq_path and not (Path(config.model.awq_path) / "config.json").is_file():
         raise ConfigError(f"model.awq_path is '{config.model.awq_path}', which is no folder with a config.json.")
-    return f"{spec.layers} layers, context {config.model.max_model_len or spec.max_positions:,} tokens"
+    context = config.model.max_model_len or spec.max_positions
+    return (
+        f"{spec.layers} layers, context {context:,} tokens; whether the GPU and the budget will do is seen when the "
+        "server starts"
+    )

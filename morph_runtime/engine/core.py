@@ -7,8 +7,8 @@ it (at most one is in flight when `step` returns). Without, each is resolved at 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from morph_runtime.config import EngineConfig
 from morph_runtime.costs.correction import StepCorrection
 from morph_runtime.engine.batch import make_batch
+from morph_runtime.engine.flight import Flight, News
 from morph_runtime.engine.histories import Histories
 from morph_runtime.engine.intake import Intake
 from morph_runtime.engine.messages import (
@@ -28,7 +29,7 @@ from morph_runtime.engine.messages import (
     TokenDelta,
 )
 from morph_runtime.engine.prompt_scores import book_scores, scoring_rows
-from morph_runtime.engine.runner import Launched, StepRunner
+from morph_runtime.engine.runner import StepRunner
 from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import RUNG_BITS
 from morph_runtime.kv import BlockPool, KVCache
@@ -76,31 +77,6 @@ class EngineParts:
     """What steps and shifts cost; None: not known."""
 
 
-@dataclass(frozen=True)
-class Flight:
-    """A step between its launch and its resolution; `sampling` are the requests of its first rows."""
-
-    plan: StepPlan
-    sampling: list[Request]
-    launched: Launched
-    level: int
-    began_s: float
-    needs_values: bool
-    """The step after it cannot be launched before the values that this one samples are known."""
-    predicted_s: float
-    """Seconds that it should take by the cost model as it was measured; 0: there is none."""
-
-
-@dataclass
-class News:
-    """What the next `StepOutput` tells."""
-
-    tokens: list[TokenDelta] = field(default_factory=list)
-    finished: list[Finished] = field(default_factory=list)
-    resolved: bool = False
-    """A step has been resolved."""
-
-
 class Engine:
     """Single-threaded: one loop calls everything here."""
 
@@ -122,6 +98,7 @@ class Engine:
         self._news = News()
         self._histories = Histories()
         self._correction = StepCorrection(parts.costs) if parts.costs is not None else None
+        self._hear_starts: Callable[[StepOutput], None] | None = None
         parts.shifter.before_change(self.settle)
 
     # -- requests ------------------------------------------------------------------------------------------------
@@ -159,6 +136,13 @@ class Engine:
     def set_mode(self, mode: str = "", cap: float | None = None) -> None:
         """Change the controller's mode, the cap on the share of levels that it may use, or both."""
         self._parts.controller.set_mode(mode, cap)
+
+    def tell_starts(self, hear: Callable[[StepOutput], None]) -> None:
+        """Tell `hear` of requests that are scheduled as soon as they are, not when the step before is over.
+
+        Their places in the line are free from then on: who is next can be here for the step after.
+        """
+        self._hear_starts = hear
 
     def set_level(self, level: int) -> None:
         """Go to a level and wait until it is reached; for scripted schedules with mode `off`'s controller asleep."""
@@ -219,6 +203,10 @@ class Engine:
             request.started_s = began
             self._statistics.started(request)
         launched = self._launch(plan, began) if plan.slices else None
+        starts = plan.started
+        if starts and self._flight is not None and self._hear_starts is not None:
+            self._hear_starts(self._output(starts, News(), plan.short_of_blocks))
+            starts = []
         self.settle()
         self._flight = launched
         if not self._overlaps:
@@ -228,13 +216,18 @@ class Engine:
         news, self._news = self._news, News()
         if not (plan.slices or news.resolved or news.finished):
             return None
+        return self._output(starts, news, plan.short_of_blocks)
+
+    def _output(self, starts: Sequence[Request], news: News, short_of_blocks: bool) -> StepOutput:
+        scheduler = self._parts.scheduler
         return StepOutput(
-            started=[r.key for r in plan.started],
-            started_cached=[r.cached_tokens for r in plan.started],
+            started=[r.key for r in starts],
+            started_cached=[r.cached_tokens for r in starts],
             tokens=news.tokens,
             finished=news.finished,
-            waiting=scheduler.num_waiting + intake.num_held,
+            waiting=scheduler.num_waiting + self._parts.intake.num_held,
             running=scheduler.num_running,
+            short_of_blocks=short_of_blocks,
         )
 
     def settle(self) -> None:
@@ -340,6 +333,7 @@ class Engine:
             budget_bytes=parts.ledger.budget_bytes,
             start_s=start_s,
             pin=parts.config.morph.pin,
+            max_num_batched_tokens=parts.config.scheduler.max_num_batched_tokens,
         )
 
     def stats(self) -> EngineStats:

@@ -1,8 +1,12 @@
-"""The attention of a step on a GPU: decodes by one kernel, prefill chunks by another, over the step's inputs."""
+"""The attention of a step on a GPU: decodes by one kernel, prefill chunks by another, over the step's inputs.
+
+What is launched depends on the step's padded size and its room alone; which sequences have how many tokens is read on
+the device. So every step can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,17 +16,39 @@ from torch import Tensor
 from morph_runtime.engine.cuda_inputs import StepInputs
 from morph_runtime.kernels.attention import PagedKV
 from morph_runtime.kernels.cuda.attention_decode import decode, decode_splits, decode_workspace_floats
-from morph_runtime.kernels.cuda.attention_prefill import prefill, prefill_tiles, tile_tokens
+from morph_runtime.kernels.cuda.attention_prefill import most_tiles, prefill, prefill_tiles, tile_tokens
 from morph_runtime.models.batch import HostBatch
 from morph_runtime.models.cuda_decoder import Attend
 from morph_runtime.weights.spec import ModelSpec
 
 
+class Room(NamedTuple):
+    """Places in a step's attention; a program looks at each, taken or not."""
+
+    decodes: int
+    """Sequences of one token."""
+    chunks: int
+    """Sequences of several."""
+
+
+USUAL = Room(128, 32)
+"""What most steps find place in: at 2,048 tokens idle places for 256 sequences each cost 5 % of a step at W8."""
+
+
+def rooms(size: int, sequences: int) -> tuple[Room, ...]:
+    """The one or two rooms that a step of `size` tokens comes in; the last one holds any of up to `sequences`."""
+    fitted = [
+        Room(min(room.decodes, size, sequences), min(room.chunks, size // 2, sequences))
+        for room in (USUAL, Room(sequences, sequences))
+    ]
+    return tuple(dict.fromkeys(fitted))
+
+
 class StepAttention:
-    """Knows the cache, the inputs' static tensors, and the plan of the present mixed step."""
+    """Knows the cache and the inputs' static tensors."""
 
     def __init__(self, spec: ModelSpec, kv: PagedKV, inputs: StepInputs, max_context: int, dtype: torch.dtype) -> None:
-        """Allocate the workspace that split decodes need.
+        """Allocate the workspace that split decodes need, and the output.
 
         Args:
             spec: the model.
@@ -38,32 +64,53 @@ class StepAttention:
         device = inputs.tensors["tables"].device
         self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._tile_tokens = tile_tokens(spec.heads, spec.kv_heads, spec.head_dim, dtype.itemsize)
-        sequences = inputs.tensors["contexts"].shape[0]
+        self._sequences = inputs.tensors["contexts"].shape[0]
         floats = max(
             decode_workspace_floats(rows, spec.heads, spec.head_dim, self._splits(rows))
-            for rows in range(1, sequences + 1)
+            for rows in range(1, self._sequences + 1)
         )
         self._workspace = torch.empty(max(floats, 1), dtype=torch.float32, device=device)
-        self._num_decodes = self._num_tiles = self._num_sequences = 0
+        tokens = inputs.tensors["token_ids"].shape[0]
+        self.attended = torch.zeros(tokens, spec.heads * spec.head_dim, dtype=dtype, device=device)
+        """[max tokens, heads * head_dim]: what `planned` wrote last; rows of no sequence hold anything finite"""
 
-    def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]]) -> None:
-        """Write what a mixed step needs besides the tables: starts, picks of the decodes, tiles of the chunks."""
+    def rooms(self, size: int) -> tuple[Room, ...]:
+        """See `rooms`."""
+        return rooms(size, self._sequences)
+
+    @staticmethod
+    def is_usual(batch: HostBatch) -> bool:
+        """Whether a step finds place in the first of its rooms."""
+        decodes = int(np.count_nonzero(batch.lengths == 1))
+        return decodes <= USUAL.decodes and len(batch.lengths) - decodes <= USUAL.chunks
+
+    def plan(self, batch: HostBatch, host: dict[str, NDArray[Any]], size: int) -> None:
+        """Write what a step that is no batch of decodes needs besides the tables.
+
+        Args:
+            batch: the step.
+            host: the inputs' arrays; starts, picks of the decodes and tiles of the chunks are written.
+            size: tokens that the step is padded to.
+        """
         lengths = batch.lengths
         ends = np.cumsum(lengths, dtype=np.int32)
         sequences = len(lengths)
         host["starts"][0] = 0
         host["starts"][1 : sequences + 1] = ends
         decodes = np.flatnonzero(lengths == 1)
-        host["picks"][: len(decodes), 0] = decodes
-        host["picks"][: len(decodes), 1] = ends[decodes] - 1
+        most = self.rooms(size)[-1]
+        picks, tiles = host["picks"][: most.decodes], host["tiles"][: self._tiles(size, most)]
+        picks[: len(decodes), 0] = decodes
+        picks[: len(decodes), 1] = ends[decodes] - 1
+        picks[len(decodes) :] = (0, -1)
         chunks = [(int(i), int(lengths[i])) for i in np.flatnonzero(lengths > 1)]
-        tiles = prefill_tiles(chunks, self._tile_tokens)
-        if tiles:
-            host["tiles"][: len(tiles)] = tiles
-        self._num_decodes, self._num_tiles, self._num_sequences = len(decodes), len(tiles), sequences
+        listed = prefill_tiles(chunks, self._tile_tokens)
+        if listed:
+            tiles[: len(listed)] = listed
+        tiles[len(listed) :] = (-1, 0)
 
     def decodes(self, rows: int) -> Attend:
-        """The attention of a step of `rows` decodes, padding included; can be captured."""
+        """The attention of a step of `rows` decodes, padding included."""
         tensors, splits = self._inputs.tensors, self._splits(rows)
         tables, contexts = tensors["tables"][:rows], tensors["contexts"][:rows]
 
@@ -77,24 +124,29 @@ class StepAttention:
 
         return attend
 
-    def mixed(self, q: Tensor, layer: int, window: int) -> Tensor:
-        """The attention of the step that was planned last."""
+    def planned(self, size: int, room: Room) -> Attend:
+        """The attention of a step as `plan` has it, padded to `size` tokens; it writes `attended`."""
         tensors = self._inputs.tensors
-        out = torch.empty(q.shape[0], q.shape[1] * q.shape[2], dtype=q.dtype, device=q.device)
-        tables, contexts = tensors["tables"][: self._num_sequences], tensors["contexts"][: self._num_sequences]
-        k_cache, v_cache = self._k[layer], self._v[layer]
-        if self._num_decodes:
+        out = self.attended[:size]
+        picks, tiles = tensors["picks"][: room.decodes], tensors["tiles"][: self._tiles(size, room)]
+        splits = self._splits(room.decodes)
+
+        def attend(q: Tensor, layer: int, window: int) -> Tensor:
+            k_cache, v_cache = self._k[layer], self._v[layer]
             decode(
-                q, k_cache, v_cache, tables, contexts, out, self._workspace,
-                splits=self._splits(self._num_decodes), scale=self._scale, window=window,
-                picks=tensors["picks"][: self._num_decodes],
+                q, k_cache, v_cache, tensors["tables"], tensors["contexts"], out, self._workspace,
+                splits=splits, scale=self._scale, window=window, picks=picks,
             )  # fmt: skip
-        if self._num_tiles:
             prefill(
-                q, k_cache, v_cache, tables, tensors["starts"][: self._num_sequences + 1], contexts,
-                tensors["tiles"][: self._num_tiles], out, scale=self._scale, window=window,
+                q, k_cache, v_cache, tensors["tables"], tensors["starts"], tensors["contexts"], tiles, out,
+                scale=self._scale, window=window,
             )  # fmt: skip
-        return out
+            return out
+
+        return attend
+
+    def _tiles(self, size: int, room: Room) -> int:
+        return most_tiles(size, room.chunks, self._tile_tokens)
 
     def _splits(self, rows: int) -> int:
         return decode_splits(rows, self._spec.kv_heads, self.max_context, self._processors)

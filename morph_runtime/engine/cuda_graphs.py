@@ -1,9 +1,11 @@
-"""CUDA graphs of decode steps: one for a whole step where all layers are at one rung, one per layer and rung else.
+"""CUDA graphs of steps: one for a whole step of decodes where all layers are at one rung, one per layer and rung else.
 
 A level is reached layer by layer, so a graph for every level and batch size would be thousands. Where every layer
 has the same rung (no load, or the end of a rung) one graph holds the step; in between a step is a chain of short
-graphs, which costs the GPU about 2.6 us a layer. All are captured at start, for addresses
-never change; a capture runs nothing, so the slots need no memory of their own (`CudaPageArena.backed`).
+graphs, which costs the GPU about 2.6 us a layer. Steps with prompt tokens come out of such short graphs too, padded to
+`step_sizes`: launched one by one, a layer's kernels would take the host 0.4 to 0.8 ms, more than the GPU needs for a
+thousand tokens. All are captured at start, for addresses never change; a capture runs nothing, so the slots need no
+memory of their own (`CudaPageArena.backed`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from contextlib import suppress
 import torch
 
 MAX_SIZES = 16
+STEP_SIZES = (64, 128, 256, 384, 512)
+"""The smallest sizes of steps with prompt tokens: fewer tokens take as long, for weights must be read in any case."""
+FINEST = 256
+"""Beyond these, sizes are so many tokens apart, or a quarter of a power of two if that is more."""
 
 
 def graph_sizes(max_sequences: int) -> tuple[int, ...]:
@@ -33,32 +39,47 @@ def graph_sizes(max_sequences: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def step_sizes(max_tokens: int) -> tuple[int, ...]:
+    """Numbers of tokens that steps with prompt tokens are padded to, ascending, at most 16 of them, for the largest."""
+    sizes = list(STEP_SIZES)
+    while sizes[-1] < max_tokens:
+        last = sizes[-1]
+        sizes.append(last + max(FINEST, (1 << (last.bit_length() - 1)) // 4))
+    sizes = [*(n for n in sizes if n < max_tokens), max_tokens]
+    while len(sizes) > MAX_SIZES:  # drop where the next size wastes least
+        del sizes[min(range(1, len(sizes) - 1), key=lambda i: sizes[i + 1] / sizes[i - 1])]
+    return tuple(sizes)
+
+
+def coarse_steps(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Those of `step_sizes` whose layers have graphs of their own: few, for a graph takes 160 KB, however short."""
+    kept = [sizes[-1]]
+    for size in reversed(sizes[:-1]):
+        if 3 * size <= 2 * kept[-1] and size > STEP_SIZES[0]:
+            kept.append(size)
+    return tuple(reversed(kept))
+
+
+def next_size(sizes: Sequence[int], count: int) -> int:
+    """The smallest of ascending `sizes` that holds `count`; 0: none does."""
+    at = bisect_left(sizes, count)
+    return sizes[at] if at < len(sizes) else 0
+
+
+def coarse_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The powers of two among batch sizes, and the largest: quantized layers have graphs of these alone.
+
+    Their kernels' tiles hold a power of two of rows, so sizes between would cost as much as the next.
+    """
+    return tuple(size for size in sizes if size & (size - 1) == 0 or size == sizes[-1])
+
+
 class GraphSet:
     """Captured graphs by key. They share one memory pool: they are replayed one at a time, in one stream's order."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = tuple(sizes)
+    def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = {}
-
-    @property
-    def coarse(self) -> tuple[int, ...]:
-        """The powers of two among the sizes, and the largest: quantized layers have graphs of these alone.
-
-        Their kernels' tiles hold a power of two of rows, so sizes between would cost as much as the next.
-        """
-        return tuple(size for size in self.sizes if size & (size - 1) == 0 or size == self.sizes[-1])
-
-    def size_for(self, rows: int, fine: bool) -> int:
-        """The smallest captured batch size that holds `rows`; 0: none does.
-
-        Args:
-            rows: of the step.
-            fine: the step runs as one graph at full precision.
-        """
-        sizes = self.sizes if fine else self.coarse
-        at = bisect_left(sizes, rows)
-        return sizes[at] if at < len(sizes) else 0
 
     def capture(self, key: tuple[object, ...], stream: torch.cuda.Stream, work: Callable[[], object]) -> None:
         """Capture what `work` enqueues; nothing runs. Its results live in the pool until the next capture's."""
@@ -74,6 +95,8 @@ class GraphSet:
                 except BaseException:
                     with suppress(RuntimeError):  # it may have ended; the first error is the one to see
                         graph.capture_end()
+                    if not self._graphs:  # PyTorch has given up a pool that no graph has
+                        self._pool = torch.cuda.graph_pool_handle()
                     raise
                 graph.capture_end()
             finally:

@@ -1,4 +1,4 @@
-"""Steps on a GPU: inputs go up in one copy, decodes come out of CUDA graphs, tokens come back behind an event.
+"""Steps on a GPU: inputs go up in one copy, work comes out of CUDA graphs, tokens come back behind an event.
 
 `launch` returns as soon as everything is enqueued on the steps' stream. A token that the next step needs
 stays on the device: the sampler writes into a buffer from which the next step's embedding reads it.
@@ -9,30 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from morph_runtime.engine.cuda_attention import StepAttention
-from morph_runtime.engine.cuda_graphs import GraphSet, graph_sizes
+from morph_runtime.engine.cuda_graphs import GraphSet, coarse_sizes, coarse_steps, graph_sizes, next_size, step_sizes
 from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.cuda_pieces import StepPieces
 from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
-from morph_runtime.kernels.cuda.sample import sample
 from morph_runtime.kernels.rung import Rung
 from morph_runtime.models.batch import HostBatch
-from morph_runtime.models.cuda_decoder import CudaDecoder, StepTensors
 from morph_runtime.morph.swapper import LayerSwapper
 from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampled, Sampler
 from morph_runtime.weights.bound import LayerWeights
 
-WARM_TOKENS = (
-    1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 96, 97, 128, 129, 200, 256, 257, 512, 513, 1024, 1025, 2048,
-)  # fmt: skip
-"""Steps to run at start: each side of the sizes at which kernels change, divisible by 16 and not."""
-SAMPLER_ROWS = 64
+SAMPLER_ROWS = 16
 """Rows that the host's sampler takes at a time: bounds the float32 scores."""
 RESULTS = 2
 """Pinned buffers for sampled tokens: one step is in flight while the one before is read."""
@@ -70,51 +65,63 @@ class CudaRunner(StepRunner):
 
     def __init__(
         self,
-        decoder: CudaDecoder,
-        attention: StepAttention,
+        pieces: StepPieces,
         inputs: StepInputs,
         swapper: LayerSwapper,
         sampler: Sampler,
         graphs: GraphSet | None,
-        hidden: Tensor,
     ) -> None:
         """Put the parts together.
 
         Args:
-            decoder: runs pieces of a step.
-            attention: over the inputs' block tables.
+            pieces: of a step.
             inputs: static buffers of a step.
             swapper: knows the layers of the next step.
             sampler: for rows that ask for more than a plain draw.
-            graphs: empty, to be filled by `capture`; None: nothing is captured.
-            hidden: [max tokens of a step, hidden]: the residual stream, static.
+            graphs: empty, to be filled by `capture`; None: nothing is captured, each piece is launched by itself.
         """
-        self._decoder, self._attention, self._inputs = decoder, attention, inputs
-        self._swapper, self._sampler = swapper, sampler
-        self._graphs, self._hidden = graphs, hidden
-        self._sampled = torch.zeros(inputs.tensors["seeds"].shape[0], dtype=torch.int64, device=hidden.device)
-        self._results = [torch.zeros(len(self._sampled), dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
+        self._pieces, self._inputs = pieces, inputs
+        self._swapper, self._sampler, self._graphs = swapper, sampler, graphs
+        most = len(pieces.sampled)
+        self._batch_sizes = graph_sizes(most)
+        self._row_sizes = coarse_sizes(self._batch_sizes)
+        self._step_sizes = step_sizes(pieces.max_tokens)
+        self._coarse_steps = coarse_steps(self._step_sizes)
+        self._results = [torch.zeros(most, dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
         self._turn = 0
+
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """See `StepRunner.step_sizes`."""
+        return self._step_sizes
+
+    @property
+    def mixed_step_sizes(self) -> tuple[int, ...]:
+        """See `StepRunner.mixed_step_sizes`."""
+        return self._coarse_steps
 
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
         plain = all(map(_is_simple, rows))
-        size = 0
-        if self._graphs is not None and batch.all_decodes:
-            fine = plain and all(rung == "full" for rung in self._swapper.rungs)
-            size = self._graphs.size_for(batch.num_sequences, fine)
-        self._fill(batch, rows, size or batch.num_tokens)
+        # Rows that score a prompt come last, whichever sequence they are of: only with them is another order.
+        decodes = batch.all_decodes and len(rows) == batch.num_sequences
+        decodes = decodes and (plain or bool((np.diff(batch.logits_at) > 0).all()))
+        rungs = self._swapper.rungs
+        rung = rungs[0] if len(set(rungs)) == 1 else None
+        if decodes:
+            size = self._decode_size(len(rows), rung)
+        else:
+            if rung is not None and not self._pieces.attention.is_usual(batch):
+                rung = None  # layer by layer, where there is room for all
+            size = next_size(self._coarse_steps if rung is None else self._step_sizes, batch.num_tokens)
+        self._fill(batch, rows, size, planned=not decodes)
         with torch.inference_mode():
-            # Rows that score a prompt come last, whichever sequence they are of: only with them is another order.
-            if size and len(rows) == batch.num_sequences and (plain or bool((np.diff(batch.logits_at) > 0).all())):
-                logits = self._decode(size, plain)
-            else:
-                logits = self._mixed(batch, plain and bool(rows))
+            logits = self._decode(size, rung, plain) if decodes else self._step(size, rung, len(rows), plain)
             if logits is not None and rows:
                 return Done(self._sample_both(logits[: len(rows)], rows))
             self._turn = (self._turn + 1) % RESULTS
             result = self._results[self._turn][: len(rows)]
-            result.copy_(self._sampled[: len(rows)], non_blocking=True)
+            result.copy_(self._pieces.sampled[: len(rows)], non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         return Enqueued(result, event)
@@ -127,79 +134,98 @@ class CudaRunner(StepRunner):
 
     # -- what a step enqueues ------------------------------------------------------------------------------------
 
-    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], padded: int) -> None:
-        """Write the inputs, padded to so many tokens, and send them on their way."""
+    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], size: int, *, planned: bool) -> None:
+        """Write the inputs, padded to `size` tokens, and send them on their way."""
         host, count, sequences = self._inputs.host(), batch.num_tokens, batch.num_sequences
-        for name, values in (
-            ("token_ids", batch.token_ids), ("positions", batch.positions), ("slots", batch.slots),
+        for name, values, padding in (
+            ("token_ids", batch.token_ids, 0), ("positions", batch.positions, 0), ("slots", batch.slots, -1),
         ):  # fmt: skip
             host[name][:count] = values
-        if padded > count:
-            host["token_ids"][count:padded] = 0
-            host["positions"][count:padded] = 0
-            host["slots"][count:padded] = -1
-            host["contexts"][sequences:padded] = 0
+            host[name][count:size] = padding
         host["contexts"][:sequences] = batch.contexts
+        host["contexts"][sequences:size] = 0
         batch.pad_tables(host["tables"])
         if rows:
             host["logits_at"][: len(rows)] = batch.logits_at
+            host["logits_at"][len(rows) : next_size(self._row_sizes, len(rows))] = 0
             host["temperatures"][: len(rows)] = [row.params.temperature if row.draws else 0.0 for row in rows]
             host["seeds"][: len(rows)] = [row.draw_seed for row in rows]
             host["draws"][: len(rows)] = [row.output_len for row in rows]
-        if not batch.all_decodes:
-            self._attention.plan(batch, host)
+        if planned:
+            self._pieces.attention.plan(batch, host, size)
         self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)))
 
-    def _step(self, tokens: int) -> StepTensors:
-        tensors = self._inputs.tensors
-        return StepTensors(tensors["token_ids"][:tokens], tensors["positions"][:tokens], tensors["slots"][:tokens])
+    def _decode_size(self, rows: int, rung: Rung | None) -> int:
+        """What a batch of decodes is padded to."""
+        if self._graphs is None:
+            return rows
+        return next_size(self._batch_sizes if rung == "full" else self._row_sizes, rows)
 
-    def _decode(self, size: int, plain: bool) -> Tensor | None:
-        """A step of decodes, padded to a captured size; the logits unless `plain`."""
-        assert self._graphs is not None
-        rungs = set(self._swapper.rungs)
-        if plain and len(rungs) == 1:
-            self._graphs.replay((size, *rungs))
-            return None
-        self._graphs.replay((size, "embed"))
-        for layer in self._swapper.layers:
-            self._graphs.replay((size, layer.layer, layer.rung))
+    def _decode(self, size: int, rung: Rung | None, plain: bool) -> Tensor | None:
+        """A step of decodes with all layers at `rung`, or at several (None); the logits unless `plain`."""
+        pieces, layers = self._pieces, self._swapper.layers
+        if rung is not None:
+            self._run((size, rung), pieces.decode_step, size, layers)
+            return None if plain else pieces.head(size)
+        self._run((size, "embed"), pieces.embed, size)
+        for layer in layers:
+            self._run((size, layer.layer, layer.rung), pieces.decode_layer, size, layer)
         if plain:
-            self._graphs.replay((size, "head"))
+            self._run((size, "head"), self._head, size)
             return None
-        return self._decoder.head(self._hidden[:size], None)
+        return pieces.head(size)
 
-    def _mixed(self, batch: HostBatch, plain: bool) -> Tensor | None:
-        """Any step, without graphs; the logits unless `plain`."""
-        step, hidden = self._step(batch.num_tokens), self._hidden[: batch.num_tokens]
-        self._decoder.embed(step, self._sampled, hidden)
-        delta: Tensor | None = None
-        attend = self._attention.mixed if not batch.all_decodes else self._attention.decodes(batch.num_sequences)
-        rows, layers = len(batch.logits_at), self._swapper.layers
-        wanted = self._inputs.tensors["logits_at"][:rows] if rows else None
-        for layer in layers[:-1]:
-            hidden, delta = self._decoder.layer(layer, step, hidden, delta, attend)
-        hidden, delta = self._decoder.layer(layers[-1], step, hidden, delta, attend, wanted)
+    def _step(self, size: int, rung: Rung | None, rows: int, plain: bool) -> Tensor | None:
+        """Any other step, padded to `size` tokens; the logits of `rows` rows unless `plain`.
+
+        It comes in one piece if all layers are at `rung` and it finds place in the usual room; if `rung` is None, layer
+        by layer, in the largest.
+        """
+        pieces, layers = self._pieces, self._swapper.layers
+        last = layers[-1]
+        rooms = pieces.attention.rooms(size)
+        if rung is not None:
+            self._run(("step", size, rung), pieces.step, size, rooms[0], layers)
+        else:
+            most = rooms[-1]
+            self._run(("step", size, "embed"), pieces.embed, size)
+            for layer in layers[:-1]:
+                self._run(("step", size, layer.layer, layer.rung), pieces.layer, size, most, layer)
+            self._run(("step", size, "last", last.rung), pieces.last_attention, size, most, last)
         if not rows:
             return None
-        logits = self._decoder.head(hidden, delta)
-        if not plain:
-            return logits
-        self._choose(logits)
-        return None
+        padded = next_size(self._row_sizes, rows)
+        if plain:
+            self._run(("tail", padded, last.rung), self._tail, padded, last)
+            return None
+        return pieces.tail(padded, last)
+
+    def _run(self, key: tuple[object, ...], piece: Callable[..., None], *arguments: Any) -> None:
+        """A piece of a step, out of its graph where there are graphs."""
+        if self._graphs is None:
+            piece(*arguments)
+        else:
+            self._graphs.replay(key)
+
+    def _head(self, size: int) -> None:
+        self._pieces.choose(self._pieces.head(size))
+
+    def _tail(self, rows: int, layer: LayerWeights) -> None:
+        self._pieces.choose(self._pieces.tail(rows, layer))
 
     def _sample_both(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
         """Rows that the device can draw are drawn there, so that their company changes nothing; the others on the host.
 
         Waits for the device; logits [rows, vocab].
         """
-        self._choose(logits)
-        tokens: list[int] = self._sampled[: len(rows)].tolist()
+        sampled = self._pieces.sampled[: len(rows)]
+        self._pieces.choose(logits)
+        tokens: list[int] = sampled.tolist()
         special = [at for at, row in enumerate(rows) if not _is_simple(row)]
         found = self._sample(logits[torch.tensor(special, device=logits.device)], [rows[at] for at in special])
         for at, token in zip(special, found.tokens, strict=True):
             tokens[at] = token
-        self._sampled[: len(rows)].copy_(torch.tensor(tokens))
+        sampled.copy_(torch.tensor(tokens))
         return Sampled(tokens, {special[row]: score for row, score in found.logprobs.items()})
 
     def _sample(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
@@ -213,15 +239,7 @@ class CudaRunner(StepRunner):
             scores |= {first + row: score for row, score in sampled.logprobs.items()}
         return Sampled(tokens, scores)
 
-    def _choose(self, logits: Tensor) -> None:
-        """Draw a token per row into the buffer that the next step reads; logits [R, vocab]."""
-        tensors, rows = self._inputs.tensors, logits.shape[0]
-        sample(
-            logits, tensors["temperatures"][:rows], tensors["seeds"][:rows], tensors["draws"][:rows],
-            self._sampled[:rows],
-        )  # fmt: skip
-
-    # -- graphs --------------------------------------------------------------------------------------------------
+    # -- at start ------------------------------------------------------------------------------------------------
 
     def warm_up(self, layer: LayerWeights) -> None:
         """Run once what will be captured or launched, so that kernels are compiled and libraries have their workspaces.
@@ -229,27 +247,34 @@ class CudaRunner(StepRunner):
         Args:
             layer: one layer at some rung, its slot mapped; it serves as the whole model.
         """
-        most, batch = self._hidden.shape[0], len(self._sampled)
-        tokens = sorted({min(n, most) for n in WARM_TOKENS} | {most})
+        pieces = self._pieces
         # One layer of each kind of attention stands for all: kernels differ by whether there is a window.
-        windows = {bool(window): at for at, window in reversed(list(enumerate(self._decoder.windows)))}
+        windows = {bool(window): at for at, window in reversed(list(enumerate(pieces.decoder.windows)))}
         kinds = [replace(layer, layer=at) for at in windows.values()]
         with torch.inference_mode():
-            for size in graph_sizes(batch):
-                self._clear(size)
-                self._embed(size)
+            for size in self._batch_sizes:
+                self._nothing(size)
+                pieces.embed(size)
                 for kind in kinds:
-                    self._single(size, kind)
-                self._head(size, None)
-            for count in tokens:
-                self._warm_mixed([count - 1, 1] if count > 2 and batch > 1 else [count], kinds)
-            for decodes in graph_sizes(batch):  # each way of splitting contexts, in company of a chunk
-                if decodes + 2 <= most and decodes < batch:
-                    self._warm_mixed([2, *[1] * decodes], kinds)
-            params = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, logprobs=1)
-            self._sample_both(
-                self._decoder.head(self._hidden[:batch], None), [SamplingRow(params, Blank()) for _ in range(batch)]
-            )
+                    pieces.decode_layer(size, kind)
+                self._head(size)
+            for size in self._step_sizes:
+                self._nothing(size, planned=True)
+                pieces.embed(size)
+                for room in pieces.attention.rooms(size):
+                    for kind in kinds:
+                        pieces.layer(size, room, kind)
+                        pieces.last_attention(size, room, kind)
+            for rows in self._row_sizes:
+                self._tail(rows, kinds[0])
+        self.rehearse()
+
+    def rehearse(self) -> None:
+        """Sample as only the host can, so that what it needs is there, in memory too."""
+        batch = self._batch_sizes[-1]
+        params = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, logprobs=1)
+        with torch.inference_mode():
+            self._sample_both(self._pieces.head(batch), [SamplingRow(params, Blank()) for _ in range(batch)])
 
     def capture(
         self, stream: torch.cuda.Stream, bind: Callable[[int, Rung], LayerWeights], rungs: Sequence[Rung]
@@ -261,68 +286,48 @@ class CudaRunner(StepRunner):
             bind: a layer at a rung; its slot need not be mapped.
             rungs: full precision and those of the ladder.
         """
-        graphs = self._graphs
-        if graphs is None:
+        if self._graphs is None:
             return
-        count = len(self._swapper.layers)
+        pieces, count = self._pieces, len(self._swapper.layers)
+        take = partial(self._graphs.capture, stream=stream)
         with torch.inference_mode():
-            for size in reversed(graphs.sizes):  # the largest first: the pool then holds what the others need
-                coarse = size in graphs.coarse
+            # The largest first: the pool then holds what the others need.
+            for size in reversed(self._step_sizes):
+                rooms, coarse = pieces.attention.rooms(size), size in self._coarse_steps
+                for rung in rungs:
+                    layers = [bind(layer, rung) for layer in range(count)]
+                    take(("step", size, rung), work=partial(pieces.step, size, rooms[0], layers))
+                    for layer in layers[:-1] if coarse else ():
+                        take(("step", size, layer.layer, rung), work=partial(pieces.layer, size, rooms[-1], layer))
+                    if coarse:
+                        last = partial(pieces.last_attention, size, rooms[-1], layers[-1])
+                        take(("step", size, "last", rung), work=last)
+                if coarse:
+                    take(("step", size, "embed"), work=partial(pieces.embed, size))
+            for size in reversed(self._batch_sizes):
+                coarse = size in self._row_sizes
                 for rung in rungs if coarse else rungs[:1]:
                     layers = [bind(layer, rung) for layer in range(count)]
-                    graphs.capture((size, rung), stream, partial(self._whole, size, layers))
-                    for layer in layers if coarse else ():
-                        graphs.capture((size, layer.layer, rung), stream, partial(self._single, size, layer))
+                    take((size, rung), work=partial(pieces.decode_step, size, layers))
+                    if coarse:
+                        for layer in layers:
+                            take((size, layer.layer, rung), work=partial(pieces.decode_layer, size, layer))
+                        take(("tail", size, rung), work=partial(self._tail, size, layers[-1]))
                 if coarse:
-                    graphs.capture((size, "embed"), stream, partial(self._embed, size))
-                    graphs.capture((size, "head"), stream, partial(self._head, size, None))
+                    take((size, "embed"), work=partial(pieces.embed, size))
+                    take((size, "head"), work=partial(self._head, size))
 
-    def _warm_mixed(self, parts: Sequence[int], kinds: Sequence[LayerWeights]) -> None:
-        """Sequences of so many tokens each, which read block 0 throughout; nothing is written."""
+    def _nothing(self, size: int, *, planned: bool = False) -> None:
+        """Inputs of padding alone: sequences that are not there, tokens that are stored nowhere."""
         host = self._inputs.host()
-        lengths = np.array(parts, dtype=np.int32)
-        tokens, sequences = int(lengths.sum()), len(lengths)
-        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1)):
-            host[name][:tokens] = value
-        host["contexts"][:sequences] = np.minimum(lengths, self._attention.max_context)
-        host["tables"][:sequences] = 0
-        host["logits_at"][:sequences] = 0
-        host["temperatures"][:sequences] = 1.0
-        zeros, nothing = np.zeros(tokens, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        batch = HostBatch(zeros, zeros, zeros, lengths, lengths, nothing, nothing, zeros[:sequences])
-        self._attention.plan(batch, host)
-        self._inputs.upload(sequences, host["tables"].shape[1])
-        step, hidden = self._step(tokens), self._hidden[:tokens]
-        self._decoder.embed(step, self._sampled, hidden)
-        for kind in kinds:
-            hidden, delta = self._decoder.layer(kind, step, hidden, None, self._attention.mixed)
-        self._choose(self._decoder.head(hidden[:sequences], delta[:sequences]))
-
-    def _embed(self, size: int) -> None:
-        self._decoder.embed(self._step(size), self._sampled, self._hidden[:size])
-
-    def _head(self, size: int, delta: Tensor | None) -> None:
-        self._choose(self._decoder.head(self._hidden[:size], delta))
-
-    def _single(self, size: int, layer: LayerWeights) -> None:
-        hidden = self._hidden[:size]
-        _, delta = self._decoder.layer(layer, self._step(size), hidden, None, self._attention.decodes(size))
-        hidden.add_(delta)
-
-    def _whole(self, size: int, layers: Sequence[LayerWeights]) -> None:
-        self._embed(size)
-        step, hidden, attend = self._step(size), self._hidden[:size], self._attention.decodes(size)
-        delta: Tensor | None = None
-        for layer in layers:
-            hidden, delta = self._decoder.layer(layer, step, hidden, delta, attend)
-        self._head(size, delta)
-
-    def _clear(self, size: int) -> None:
-        """Inputs of padding rows alone."""
-        host = self._inputs.host()
-        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("contexts", 0), ("temperatures", 0)):
+        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("contexts", 0)):
             host[name][:size] = value
-        self._inputs.upload(size, 0)
+        host["temperatures"][:], host["logits_at"][:] = 1.0, 0
+        if planned:
+            nothing, empty = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
+            batch = HostBatch(nothing, nothing, nothing, empty, empty, empty, empty, nothing)
+            self._pieces.attention.plan(batch, host, size)
+        self._inputs.upload(min(size, len(self._pieces.sampled)), 0)
 
 
 def _is_simple(row: SamplingRow) -> bool:

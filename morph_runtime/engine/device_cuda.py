@@ -15,8 +15,9 @@ import torch
 
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.cuda_attention import StepAttention
-from morph_runtime.engine.cuda_graphs import GraphSet, graph_sizes
+from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.cuda_pieces import StepPieces
 from morph_runtime.engine.cuda_runner import CudaRunner
 from morph_runtime.engine.cuda_send import PairSender
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
@@ -156,24 +157,19 @@ class CudaDevice(EngineDevice):
     def runner(self, parts: RunnerParts) -> StepRunner:
         """Compiles, warms up and captures."""
         config, spec = parts.config, parts.model.spec
-        # What loading has left in PyTorch's pool would be carved up by what lives on, and stay. What the warm-up
-        # leaves there is kept: steps will need it again.
+        # What loading has left in PyTorch's pool would be carved up by what lives on, and stay.
         torch.cuda.empty_cache()
         sequences, tokens = config.scheduler.max_num_seqs, config.scheduler.max_num_batched_tokens
         scratch = torch.empty(parts.model.slots.scratch_bytes, dtype=torch.uint8, device=self._device)
         decoder = CudaDecoder(spec, parts.static, parts.cache, scratch, parts.max_model_len)
         max_blocks = -(-parts.max_model_len // config.memory.block_tokens)
         inputs = StepInputs(tokens, sequences, max_blocks, self._device)
-        graphs = GraphSet(graph_sizes(sequences)) if config.kernels.graphs else None
-        runner = CudaRunner(
-            decoder,
-            StepAttention(spec, parts.cache, inputs, parts.max_model_len, parts.model.slots.dtype),
-            inputs,
-            parts.swapper,
-            Sampler(spec.eos_ids, self._device, cpu_threads(config)),
-            graphs,
-            torch.zeros(tokens, spec.hidden, dtype=parts.model.slots.dtype, device=self._device),
-        )
+        dtype = parts.model.slots.dtype
+        attention = StepAttention(spec, parts.cache, inputs, parts.max_model_len, dtype)
+        hidden = torch.zeros(tokens, spec.hidden, dtype=dtype, device=self._device)
+        sampler = Sampler(spec.eos_ids, self._device, cpu_threads(config))
+        graphs = GraphSet() if config.kernels.graphs else None
+        runner = CudaRunner(StepPieces(decoder, attention, inputs, hidden), inputs, parts.swapper, sampler, graphs)
         self._note("before warm-up", parts.arena)
         rungs = parts.model.slots.rungs
         for rung in rungs:
@@ -186,6 +182,11 @@ class CudaDevice(EngineDevice):
             runner.capture(self._stream, parts.swapper.bind, rungs)
         torch.cuda.synchronize(self._device)
         self._note("after capture", parts.arena)
+        if graphs is not None:  # steps need the graphs' pool alone; what the warm-up left in the other becomes KV cache
+            torch.cuda.empty_cache()
+            runner.rehearse()
+            torch.cuda.synchronize(self._device)
+            self._note("when ready", parts.arena)
         return runner
 
     def memory_used_share(self) -> float:

@@ -153,6 +153,7 @@ class EngineInfo(msgspec.Struct, frozen=True, tag="info"):
     budget_bytes: int
     start_s: float
     pin: str = ""
+    max_num_batched_tokens: int = 0
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -216,6 +217,8 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step"):
     running: int
     started_cached: list[int] = []
     """For each of `started`: tokens of its prompt that the prefix cache held."""
+    short_of_blocks: bool = False
+    """Requests wait because too few KV blocks are free for the first of them."""
 
 
 class Considered(msgspec.Struct, frozen=True, array_like=True):

@@ -85,6 +85,7 @@ def serve(inbox: Inbox, writer: FrameWriter, config: EngineConfig) -> None:
 
     started = time.monotonic()
     engine = build_engine(config, wake=inbox.wake)
+    engine.tell_starts(writer.send)
     # What is there now stays: a full collection that walks all of it would stop the steps for 0.1 s.
     gc.collect()
     gc.freeze()

@@ -50,6 +50,16 @@ class StepRunner(ABC):
                 if there are no such tokens.
         """
 
+    @property
+    def step_sizes(self) -> tuple[int, ...]:
+        """Sizes to which steps with prompt tokens are padded, ascending; empty: they are not padded."""
+        return ()
+
+    @property
+    def mixed_step_sizes(self) -> tuple[int, ...]:
+        """Those of `step_sizes` that serve where layers are at several rungs, the largest among them."""
+        return self.step_sizes
+
     def close(self) -> None:  # noqa: B027  most have nothing to free
         """Free what running steps took; none runs any more."""
 

@@ -90,8 +90,7 @@ class CudaDecoder:
         hidden: Tensor,
         delta: Tensor | None,
         attend: Attend,
-        wanted: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         """Run one layer.
 
         Args:
@@ -100,11 +99,19 @@ class CudaDecoder:
             hidden: [T, hidden], the residual stream; `delta` and the attention's part are added in place.
             delta: [T, hidden], what the layer before wants added; None: nothing.
             attend: the attention of this step.
-            wanted: int64 [R]: the tokens that matter behind the attention (in the last layer); None: all.
 
         Returns:
-            The residual stream of the tokens that matter, `hidden` itself if that is all, and what is to be added to
-            it after this layer: [R or T, hidden] each.
+            What is to be added to the residual stream after this layer: [T, hidden].
+        """
+        return self.behind_attention(layer, hidden, self.attention(layer, step, hidden, delta, attend))
+
+    def attention(
+        self, layer: LayerWeights, step: StepTensors, hidden: Tensor, delta: Tensor | None, attend: Attend
+    ) -> Tensor:
+        """A layer's first part: it stores K and V and attends; arguments as of `layer`.
+
+        Returns:
+            [T, heads * head_dim], before the output projection.
         """
         spec, rows = self._spec, hidden.shape[0]
         x = add_norm(hidden, delta, layer.input_norm, spec.norm_eps, fp8=layer.qkv.kernel.wants_fp8(rows))
@@ -115,14 +122,24 @@ class CudaDecoder:
             spec.heads, spec.kv_heads, spec.head_dim, layer.qk_norm, spec.norm_eps,
         )  # fmt: skip
         queries = qkv[:, : spec.heads * spec.head_dim].view(rows, spec.heads, spec.head_dim)
-        mixed = attend(queries, layer.layer, spec.windows[layer.layer])
-        if wanted is not None:
-            mixed, hidden = mixed.index_select(0, wanted), hidden.index_select(0, wanted)
-            rows = hidden.shape[0]
+        return attend(queries, layer.layer, spec.windows[layer.layer])
+
+    def behind_attention(self, layer: LayerWeights, hidden: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of a layer, for all tokens of a step or for some.
+
+        Args:
+            layer: its weights.
+            hidden: [R, hidden], the residual stream of these tokens; the attention's part is added in place.
+            mixed: [R, heads * head_dim], of `attention`.
+
+        Returns:
+            What is to be added after this layer: [R, hidden].
+        """
+        spec, rows = self._spec, hidden.shape[0]
         o = self._run(layer.o, mixed)
         x = add_norm(hidden, o, layer.post_norm, spec.norm_eps, fp8=layer.gate_up.kernel.wants_fp8(rows))
         gate_up = self._run(layer.gate_up, x)
-        return hidden, self._run(layer.down, swiglu(gate_up, fp8=layer.down.kernel.wants_fp8(rows)))
+        return self._run(layer.down, swiglu(gate_up, fp8=layer.down.kernel.wants_fp8(rows)))
 
     def head(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
         """The logits of tokens.

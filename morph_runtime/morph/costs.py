@@ -4,13 +4,15 @@ A step's time is the sum of what its tokens cost in the layers' linear parts, wh
 and of what attention reads, which does not. Layers of one rung cost the same, so a level between two uniform ones
 costs their mean, weighted by the number of layers.
 
-Steps of decodes alone are what the curves of `whole_s` hold up to `max_num_seqs` tokens, prompts beyond. What a step
-with prompt tokens costs more or less than one of as many decodes is in `prompt_s` and `row_s`.
+Where steps with prompt tokens are run as they are, the curves of `whole_s` hold steps of decodes alone up to
+`max_num_seqs` tokens and prompts beyond, and what a step with prompt tokens costs more or less than one of as many
+decodes is in `prompt_s` and `row_s`. Where they are padded (CUDA graphs), their time is a staircase of its own:
+`padded_s`, one time for each size to which steps are padded.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,13 +43,20 @@ class StepCosts:
         mean_context_s: per token of the decodes' mean context, however many they are: a long context takes its time
             even where one request alone reads it.
         chunk_s: per token that a prompt token attends to on average: keys and values are gathered once per chunk.
-        prompt_s: float64 [G] or None: by number of tokens, what a step with prompt tokens takes beyond `whole_s`; on a
-            GPU such steps are launched kernel by kernel, and everywhere they need fewer logits.
+        prompt_s: float64 [G] or None: by number of tokens, what a step with prompt tokens takes beyond `whole_s`: it
+            needs fewer logits, and on a GPU without graphs it is launched kernel by kernel.
         row_s: per decode in a step with prompt tokens: its logits, its sampling, its share of attention's calls.
-        mixed_s: a step of decodes at a level between uniform ones takes so much beyond the mean.
+        mixed_s: a step out of graphs at a level between uniform ones takes so much beyond the mean: one of decodes, and
+            one with prompt tokens where these are padded.
         downs_s: one layer down to each rung of the ladder; empty: `down_s` for all.
         ups_s: one layer up from each rung of the ladder; empty: `up_s` for all.
         depth: layers that may change within one step.
+        step_sizes: numbers of tokens to which steps with prompt tokens are padded, ascending, S of them; empty: they
+            are not padded.
+        padded_s: float64 [rungs, S], a step with prompt tokens of each of these sizes, all layers at one rung, with an
+            empty KV cache; stands for `whole_s` and `prompt_s` in such steps. None where `step_sizes` is empty.
+        mixed_sizes: those of `step_sizes` to which steps are padded at levels between uniform ones, the largest among
+            them; empty: to all.
     """
 
     rungs: tuple[str, ...]
@@ -66,6 +75,9 @@ class StepCosts:
     downs_s: tuple[float, ...] = ()
     ups_s: tuple[float, ...] = ()
     depth: int = 1
+    step_sizes: tuple[int, ...] = ()
+    padded_s: Floats | None = None
+    mixed_sizes: tuple[int, ...] = ()
 
     @property
     def max_level(self) -> int:
@@ -93,7 +105,12 @@ class StepCosts:
         curves = np.stack([self._curve(row, count) for row in self.whole_s], axis=-1)
         shares = self._shares[np.asarray(level, dtype=np.int64)]
         fixed: Floats = (curves * shares).sum(axis=-1)
-        mixed = self.mixed_s * (shares.max(axis=-1) < 1.0)
+        between = shares.max(axis=-1) < 1.0
+        mixed = self.mixed_s * between
+        if self.padded_s is not None:
+            padded = (self._padded(count, between) * shares).sum(axis=-1) + decodes * self.row_s
+            steps: Floats = np.where(prefill > 0, padded, fixed) + mixed
+            return steps
         if self.prompt_s is None:
             prompts = decodes * self.row_s
         else:
@@ -111,8 +128,15 @@ class StepCosts:
 
     def seconds(self, level: int, decodes: int, context: int, prefill: int, pairs: int) -> float:
         """`step_s` of one step, without arrays (1 µs against 30): for the step loop."""
-        tokens, curve, prompts, mixed = self._tables[level]
+        tokens, curve, prompts, padded, mixed = self._tables[level]
         count = decodes + prefill or 1
+        if prefill and padded:
+            sizes = self.step_sizes
+            seconds = padded[min(bisect_left(sizes, count), len(sizes) - 1)] * max(count / sizes[-1], 1.0) + mixed
+            seconds += decodes * self.row_s + pairs * self.pair_s + pairs / prefill * self.chunk_s
+            if decodes:
+                seconds += context * self.context_s + context / decodes * self.mean_context_s
+            return seconds
         at = min(max(bisect_right(tokens, count) - 1, 0), len(tokens) - 2)
         share = max((count - tokens[at]) / (tokens[at + 1] - tokens[at]), 0.0)
         seconds = curve[at] + share * (curve[at + 1] - curve[at])
@@ -146,7 +170,9 @@ class StepCosts:
             "mean_context_s": self.mean_context_s, "chunk_s": self.chunk_s,
             "prompt_s": None if self.prompt_s is None else self.prompt_s.tolist(),
             "row_s": self.row_s, "mixed_s": self.mixed_s, "downs_s": list(self.downs_s), "ups_s": list(self.ups_s),
-            "depth": self.depth,
+            "depth": self.depth, "step_sizes": list(self.step_sizes),
+            "padded_s": None if self.padded_s is None else self.padded_s.tolist(),
+            "mixed_sizes": list(self.mixed_sizes),
         }  # fmt: skip
 
     @staticmethod
@@ -177,6 +203,9 @@ class StepCosts:
             downs_s=tuple(map(float, values.get("downs_s", ()))),
             ups_s=tuple(map(float, values.get("ups_s", ()))),
             depth=int(values.get("depth", 1)),
+            step_sizes=tuple(map(int, values.get("step_sizes", ()))),
+            padded_s=_floats(values["padded_s"]) if values.get("step_sizes") else None,
+            mixed_sizes=tuple(map(int, values.get("mixed_sizes", ()))),
         )
         costs.check()
         return costs
@@ -200,6 +229,16 @@ class StepCosts:
             raise ValueError("times must be finite, and not negative")
         if self.prompt_s is not None and not np.isfinite(self.prompt_s).all():
             raise ValueError("times must be finite, and not negative")
+        steps = np.asarray(self.step_sizes)
+        if len(steps) and (steps[0] < 1 or not (np.diff(steps) > 0).all()):
+            raise ValueError("step_sizes must rise, from 1 or more")
+        if self.mixed_sizes and self.mixed_sizes != tuple(n for n in self.step_sizes if n in self.mixed_sizes):
+            raise ValueError("mixed_sizes must be some of step_sizes")
+        if self.mixed_sizes and self.mixed_sizes[-1] != self.step_sizes[-1]:
+            raise ValueError("mixed_sizes must end as step_sizes do")
+        padded = np.zeros((ladder + 1, 0)) if self.padded_s is None else self.padded_s
+        if padded.shape != (ladder + 1, len(steps)) or not (np.isfinite(padded) & (padded > 0)).all():
+            raise ValueError("padded_s must be positive, one row per rung and one column per size of step_sizes")
         if any(len(times) not in (0, ladder) for times in (self.downs_s, self.ups_s)) or self.depth < 1:
             raise ValueError("downs_s and ups_s must have one value per rung of the ladder, depth must be positive")
 
@@ -218,14 +257,38 @@ class StepCosts:
         return steps
 
     @cached_property
-    def _tables(self) -> list[tuple[list[float], list[float], list[float], float]]:
-        """By level: sizes, the curve at the level, `prompt_s`, and what its mixture adds."""
+    def _tables(self) -> list[tuple[list[float], list[float], list[float], list[float], float]]:
+        """By level: sizes, the curve at the level, `prompt_s`, `padded_s` at the level, and what its mixture adds."""
         prompts = np.zeros(len(self.tokens)) if self.prompt_s is None else self.prompt_s
         curves = self._shares @ self.whole_s  # [levels, G]
+        padded = np.zeros((len(curves), 0)) if self.padded_s is None else self._shares @ self.padded_s  # [levels, S]
+        tokens, more = self.tokens.tolist(), prompts.tolist()
         return [
-            (self.tokens.tolist(), curve.tolist(), prompts.tolist(), self.mixed_s if shares.max() < 1 else 0.0)
-            for curve, shares in zip(curves, self._shares, strict=True)
+            (tokens, curve.tolist(), more, steps[self._mixed_at].tolist(), self.mixed_s)
+            if shares.max() < 1
+            else (tokens, curve.tolist(), more, steps.tolist(), 0.0)
+            for curve, steps, shares in zip(curves, padded, self._shares, strict=True)
         ]
+
+    @cached_property
+    def _mixed_at(self) -> NDArray[np.int64]:
+        """[S]: the place of the size that serves at a level between uniform ones in place of each of `step_sizes`."""
+        sizes = np.asarray(self.step_sizes)
+        kept = np.flatnonzero(np.isin(sizes, self.mixed_sizes or sizes))
+        places: NDArray[np.int64] = kept[np.searchsorted(kept, np.arange(len(sizes)))]
+        return places
+
+    def _padded(self, count: Floats, between: NDArray[np.bool_]) -> Floats:
+        """`padded_s` at the size that holds `count` tokens, [..., rungs]; in proportion beyond the largest.
+
+        `between`: whether the level is one between uniform ones; broadcasts against `count`.
+        """
+        assert self.padded_s is not None
+        sizes = np.asarray(self.step_sizes, dtype=np.float64)
+        at = np.minimum(np.searchsorted(sizes, count), len(sizes) - 1)
+        at = np.where(between, self._mixed_at[at], at)
+        steps: Floats = self.padded_s.T[at] * np.maximum(count / sizes[-1], 1.0)[..., None]
+        return steps
 
     def _curve(self, times: Floats, count: Floats) -> Floats:
         """Between the measured sizes a straight line; beyond the last one, in proportion to the last stretch."""

@@ -59,6 +59,7 @@ class StreamFiller(LayerFiller):
         """
         self._slots, self._store, self._steps, self._depth = slots, store, steps, depth
         self._stream = torch.cuda.Stream(priority=0)
+        self._targets: dict[tuple[int, Rung], LayerWeights] = {}
         self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8, device=steps.device)
 
     @property
@@ -75,7 +76,10 @@ class StreamFiller(LayerFiller):
             if stored is not None:
                 slot[: stored.shape[0]].copy_(stored, non_blocking=True)
             else:
-                self._quantize(self._slots.bind(layer, rung, slot), source)
+                target = self._targets.get((layer, rung))
+                if target is None:  # a layer's slot at a rung stays where it is
+                    target = self._targets[layer, rung] = self._slots.bind(layer, rung, slot)
+                self._quantize(target, source)
             event = torch.cuda.Event()
             event.record(self._stream)
         return StreamFilling(event, self._steps, at_once=stored is None and source is not None)

@@ -64,6 +64,7 @@ class LayerSwapper:
         }
         self._rungs: list[Rung] = ["full"] * len(order)
         self._layers: list[LayerWeights] = []
+        self._bound: dict[tuple[int, Rung], LayerWeights] = {}  # making the views takes longer than a change may
         self._pending: deque[Change] = deque()
         self._retired: deque[tuple[Transition, Fence]] = deque()
 
@@ -119,11 +120,14 @@ class LayerSwapper:
         for layer in range(len(self._rungs)):
             slot = self._map(layer, "full")
             self._fill_now(layer, "full", slot, None)
-            self._layers.append(self._slots.bind(layer, "full", slot))
+            self._layers.append(self.bind(layer, "full"))
 
     def bind(self, layer: int, rung: Rung) -> LayerWeights:
         """Views of a layer's slot at a rung, whether it has memory or not; they stay valid."""
-        return self._slots.bind(layer, rung, self._slot(layer, rung))
+        bound = self._bound.get((layer, rung))
+        if bound is None:
+            bound = self._bound[layer, rung] = self._slots.bind(layer, rung, self._slot(layer, rung))
+        return bound
 
     @contextmanager
     def borrow(self, layer: int, rung: Rung) -> Iterator[LayerWeights]:
@@ -134,7 +138,7 @@ class LayerSwapper:
         slot = self._map(layer, rung)
         try:
             self._fill_now(layer, rung, slot, self._layers[layer])
-            yield self._slots.bind(layer, rung, slot)
+            yield self.bind(layer, rung)
         finally:
             self._ranges[rung].unmap(self._place[layer])
 

@@ -82,7 +82,8 @@ class CudaForward(LayeredForward):
     def layer(self, weights: LayerWeights, hidden: Tensor) -> Tensor:
         """See `LayeredForward.layer`."""
         # The decoder adds in place, and leaves what comes last to the layer behind it, which rounds it just so.
-        residual, delta = self._decoder.layer(weights, self._step, hidden.clone(), None, self._attend)
+        residual = hidden.clone()
+        delta = self._decoder.layer(weights, self._step, residual, None, self._attend)
         return residual.add_(delta)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class StepPlan:
     rows: int = 0
     started: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
+    short_of_blocks: bool = False
+    """Nobody further was admitted, for too few blocks are free."""
 
     @property
     def num_tokens(self) -> int:

@@ -156,7 +156,9 @@ class Scheduler:
                 budget -= 1
         for request in prefilling:
             budget -= self._prefill(request, budget, plan)
-        if not plan.preempted:
+        if plan.preempted:
+            plan.short_of_blocks = True
+        else:
             self._admit(budget, level, plan)
         return plan
 
@@ -293,6 +295,7 @@ class Scheduler:
             request = self._waiting.first
             hit = self._room(request, level)
             if hit is None:
+                plan.short_of_blocks = True
                 return
             self._waiting.remove(request)
             self._start(request, hit, plan)

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Callable
 
+from morph_runtime.credits import CreditLimits, EngineNews
 from morph_runtime.morph.costs import pairs_of
 from morph_runtime.simulate.decodes import Decodes
 from morph_runtime.simulate.engine_profile import EngineProfile
@@ -34,7 +35,8 @@ class SimulatedEngine:
     ) -> None:
         """`decide` is called at the first step boundary after each `interval_s`, unless there is nothing to decide."""
         self.profile = profile
-        self.queue = OuterQueue(profile.line, profile.handoff_s)
+        limits = CreditLimits(profile.line, profile.max_num_batched_tokens, profile.max_num_seqs)
+        self.queue = OuterQueue(limits, profile.handoff_s)
         self.records = Records()
         self._capacities: list[int] = profile.capacities.tolist()
         self.shifts = Shifts(profile.costs, self._capacities, profile.depth, level)
@@ -63,7 +65,7 @@ class SimulatedEngine:
 
     def submit(self, arrival_s: float, prompt: int, output: int) -> int:
         """A request comes to the outer queue at a time that must not fall; returns its key."""
-        self.queue.arrive(arrival_s)
+        self.queue.arrive(arrival_s, prompt)
         return self.records.add(arrival_s, prompt, output)
 
     @property
@@ -144,13 +146,14 @@ class SimulatedEngine:
         # The last token of a request that is recomputed counts as a decode and goes before other prefills.
         for key in sorted(self.prefilling, key=lambda key: not self._is_last_again(key, self.computed[key])):
             budget -= self._chunk(key, budget, chunks)
-        started = [] if preempted else self._admit(budget, chunks)
+        started, short = ([], True) if preempted else self._admit(budget, chunks)
         if chunks:
-            self._mixed_step(chunks, started)
+            self._mixed_step(chunks, started, short)
         elif len(self.decodes):
-            self._decode_steps(until_s, taken)
+            self._decode_steps(until_s, taken, short)
         elif self._seen_s > -math.inf:
             # Nothing is in flight any more: what came and ended meanwhile is known, and the engine looks again.
+            self._report(self.now_s, [], short)
             self._seen_s = -math.inf
             self._releasing.clear()
         else:
@@ -166,11 +169,14 @@ class SimulatedEngine:
     def _is_last_again(self, key: int, start: int) -> bool:
         return self.records.produced[key] > 0 and start == self.records.known(key) - 1
 
-    def _admit(self, budget: int, chunks: list[tuple[int, int, int]]) -> list[int]:
-        """Let waiting requests run as far as budget, sequences and blocks go; returns those that never ran before."""
-        started = []
+    def _admit(self, budget: int, chunks: list[tuple[int, int, int]]) -> tuple[list[int], bool]:
+        """Let waiting requests run as far as budget, sequences and blocks go; returns those that never ran before, and
+        whether it was blocks that were too few."""
+        started: list[int] = []
         most = self.profile.max_num_seqs - len(self._releasing)
-        while budget > 0 and self.waiting and self.running < most and self.fits(self.waiting[0]):
+        while budget > 0 and self.waiting and self.running < most:
+            if not self.fits(self.waiting[0]):
+                return started, True
             key = heapq.heappop(self.waiting)
             self.used += self.blocks_for(self.records.known(key))
             self.computed[key] = 0
@@ -178,10 +184,21 @@ class SimulatedEngine:
             if self.records.start(key, self.now_s):
                 started.append(key)
             budget -= self._chunk(key, budget, chunks)
-        return started
+        return started, False
 
-    def _mixed_step(self, chunks: list[tuple[int, int, int]], started: list[int]) -> None:
+    def _report(self, at_s: float, started: list[int], short: bool) -> None:
+        """Tell what a step has to tell, if it is anything new."""
+        if started or self._would_tell(short):
+            self.queue.report(at_s, started, EngineNews(self.running, short))
+
+    def _would_tell(self, short: bool) -> bool:
+        news = self.queue.news
+        return news.running != self.running or news.short_of_blocks != short
+
+    def _mixed_step(self, chunks: list[tuple[int, int, int]], started: list[int], short: bool) -> None:
         """One step with prefill in it."""
+        if self.profile.overlap:
+            self._report(self.now_s, started, short)
         prefill = pairs = again = 0
         decodes, costs = self.decodes, self.profile.costs
         count, context = len(decodes), decodes.context
@@ -213,23 +230,25 @@ class SimulatedEngine:
                     decodes.add(key, known, left)
                 else:
                     self._end(key, known, end_s)
-        credit_s = self.now_s if self.profile.overlap else end_s
-        for _ in started:
-            self.queue.give_back(credit_s)
+        if not self.profile.overlap:
+            self._report(end_s, started, short)
         self._book(end_s, tokens, prefill)
 
-    def _decode_steps(self, until_s: float, taken: int) -> None:
+    def _decode_steps(self, until_s: float, taken: int, short: bool) -> None:
         """Decode steps up to the next event: an end, an arrival, a decision, a shift, or a lack of blocks.
 
         `taken` blocks are those of the first of them.
         """
+        if self.profile.overlap:
+            self._report(self.now_s, [], short)
         decodes, costs = self.decodes, self.profile.costs
         count, context = len(decodes), decodes.context
         first = costs.seconds(self.shifts.level, count, context, 0, 0)
         # Attention's time is in proportion to what it reads, and each step reads a token more of each request.
         grow = costs.seconds(self.shifts.level, count, context + count, 0, 0) - first
         room = min(until_s, self._next_event_s()) - self.now_s
-        steps = 1 if self._releasing else decodes.steps_left
+        # A step that tells something new may let a request in: the next event is known only after it.
+        steps = 1 if self._releasing or self._would_tell(short) else decodes.steps_left
         if room < steps * first + grow * (steps * (steps - 1) // 2):
             steps = min(steps, _steps_to(room, first, grow))
         if steps > 1:
@@ -243,6 +262,8 @@ class SimulatedEngine:
         self.used += decodes.blocks(steps) - taken
         for key in decodes.advance(steps):
             self._end(key, decodes.remove(key), end_s)
+        if not self.profile.overlap:
+            self._report(end_s, [], short)
         self._book(end_s, steps * count, 0)
 
     def _next_event_s(self) -> float:

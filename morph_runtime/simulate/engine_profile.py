@@ -30,7 +30,7 @@ class EngineProfile:
         block_tokens: tokens per KV block.
         max_num_seqs: requests that run at the same time.
         max_num_batched_tokens: tokens of one step.
-        line: requests that may wait in the engine for their first step.
+        line: requests that may always wait in the engine for their first step; `morph_runtime.credits` says who more.
         watermark: share of KV blocks kept free at admission.
         overlap: the next step is scheduled while the present one runs.
         depth: layers whose KV blocks are given up at once on the way up.
@@ -71,15 +71,18 @@ class EngineProfile:
 
     def without_precision(self) -> EngineProfile:
         """The KV cache grows, steps take the time that they take at full precision (an ablation; no engine can)."""
-        same = np.repeat(self.costs.whole_s[:1], len(self.costs.rungs), axis=0)
-        return replace(self, costs=replace(self.costs, whole_s=same))
+        costs = self.costs
+        same = np.repeat(costs.whole_s[:1], len(costs.rungs), axis=0)
+        padded = None if costs.padded_s is None else np.repeat(costs.padded_s[:1], len(costs.rungs), axis=0)
+        return replace(self, costs=replace(costs, whole_s=same, padded_s=padded))
 
     def mistaken(self, errors: Sequence[float]) -> StepCosts:
         """The costs as a controller would have them that errs by these shares: one for all times of steps, or one for
         each rung's."""
         costs = self.costs
         factors = 1 + np.asarray(errors, dtype=np.float64)
-        wrong = replace(costs, whole_s=costs.whole_s * factors[:, None])
+        padded = None if costs.padded_s is None else costs.padded_s * factors[:, None]
+        wrong = replace(costs, whole_s=costs.whole_s * factors[:, None], padded_s=padded)
         if len(errors) > 1:
             return wrong
         prompts = None if costs.prompt_s is None else costs.prompt_s * factors

@@ -74,6 +74,7 @@ class FakeEngine:
             ladder=["w4"],
             budget_bytes=1 << 20,
             start_s=0.0,
+            max_num_batched_tokens=self.config.scheduler.max_num_batched_tokens,
         )
 
     def release_when(self, condition: Callable[[], object]) -> None:

@@ -23,10 +23,12 @@ from wire_client import GrpcStream, generate, until
 pytestmark = pytest.mark.triton
 
 KEY = "a-key-of-the-administrator"
-# As in the sample repository of Triton's vLLM backend, but for the backend's name.
+# As in the sample repository of Triton's vLLM backend, but for the backend's name; with that backend's own parameters.
 CONFIG = """
 backend: "python"
 instance_group [ { count: 1 kind: KIND_MODEL } ]
+parameters { key: "REPORT_CUSTOM_METRICS" value: { string_value: "true" } }
+parameters { key: "ENABLE_VLLM_HEALTH_CHECK" value: { string_value: "true" } }
 """
 ADD_SUB = """
 import numpy as np
@@ -148,6 +150,20 @@ def test_two_prompts_stream_at_once(vllms: TritonServer) -> None:
     streams = [GrpcStream(vllms).ask(text, {"max_tokens": 16}) for text in ("hello world", "the quick brown fox")]
     texts = ["".join(r.outputs["text_output"][0] for r in stream.rest()) for stream in streams]
     assert texts[0].startswith("hello") and texts[1].startswith("the quick")
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"max_tokens": "8", "min_tokens": "8"}, {"max_tokens": 8, "ignore_eos": True}],
+    ids=["genai-perf", "perf_analyzer"],
+)  # fmt: skip
+def test_what_load_generators_send_and_read(vllms: TritonServer, sampling: dict[str, Any]) -> None:
+    """They ask for Triton's empty final response, and read `text_output` of every response that is not it."""
+    answers = GrpcStream(vllms).ask("hello world", sampling, exclude_input_in_output=True).rest()
+    texts = [answer.outputs["text_output"][0] for answer in answers if answer.outputs]
+    assert texts and texts[0], "an empty first response would count as the first token"
+    assert [answer.final for answer in answers] == [False] * (len(answers) - 1) + [True]
+    whole = generate(vllms, "hello world", sampling_parameters=json.dumps(sampling), return_num_output_tokens=True)
+    assert whole["num_output_tokens"] == 8 and "".join(texts) == whole["text_output"]
 
 
 def test_a_server_without_metrics_serves(vllms: TritonServer) -> None:

@@ -89,6 +89,16 @@ def test_the_engines_snapshot_is_shown(server: TritonServer) -> None:
     assert server.metric("morph_engine_up") == 1
 
 
+def test_the_signals_of_load_balancers_are_plain_numbers(server: TritonServer) -> None:
+    """Triton's ORCA headers take these three by a regular expression that knows no exponent."""
+    text = server.metrics_text()
+    for kind, value in (("tokens_per", 16), ("max", 70), ("used", None)):
+        found = re.findall(
+            rf'nv_trt_llm_kv_cache_block_metrics\{{[^}}]*="{kind}"[^}}]*\}} (\d+(?:\.\d+)?)$', text, re.M
+        )
+        assert len(found) == 1 and value in (None, float(found[0])), kind
+
+
 @pytest.fixture
 def quiet(tmp_path: Path, tiny_model) -> Iterator[TritonServer]:
     repository = fake_repository(tmp_path / "repository")

@@ -100,6 +100,24 @@ def test_a_backlog_of_short_requests_drains_without_pauses(small: TritonServer) 
     )
 
 
+def test_a_backlog_that_waits_for_blocks_stays_in_tritons_queue(small: TritonServer) -> None:
+    prompt = "The captain looked at the sea for a long while, and said nothing. " * 8
+    count = 24
+    with MorphClient(f"127.0.0.1:{small.grpc}") as client:
+        client.set_mode("off", admin_key=KEY)
+    try:
+        streams = [GrpcStream(small).ask(prompt, {"max_tokens": 32, "ignore_eos": True}) for _ in range(count)]
+        # The cache holds fewer than 10 such prompts; 2 may be in the engine's line, and execute() holds one.
+        until(lambda: small.metric("nv_inference_pending_request_count", model="morph") >= count - 13, what="a backlog")
+        for stream in streams:
+            assert not stream.rest(120)[-1].error
+        until(lambda: small.metric("nv_inference_pending_request_count", model="morph") == 0, what="an empty queue")
+    finally:
+        with MorphClient(f"127.0.0.1:{small.grpc}") as client:
+            client.set_mode("performance", admin_key=KEY)
+    until(lambda: small.metric("morph_mode", mode="performance") == 1, what="the mode as it was")
+
+
 def test_mode_and_cap_change_while_it_serves_and_for_the_administrator_alone(small: TritonServer) -> None:
     def in_force(mode: str, cap: float) -> bool:
         return small.metric("morph_mode", mode=mode) == 1 and small.metric("morph_cap") == cap

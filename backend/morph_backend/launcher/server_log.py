@@ -24,6 +24,8 @@ _HARMLESS = (
     # Said at the end of many a gRPC stream that ended as it should.
     "HandleCancellation called even when the context was not cancelled",
 )
+_USAGE = "Usage: tritonserver"
+"""After an option that it does not know, Triton prints its manual of some 400 lines."""
 
 
 class Severity(Enum):
@@ -53,7 +55,8 @@ class LogFilter:
     """Decides what of the server's output is printed, and when.
 
     While the server starts, its first error and all that follows are held: if the model has said in
-    a sentence of its own why it cannot start, nobody needs them. Safe to use from several threads.
+    a sentence of its own why it cannot start, nobody needs them. Triton's manual is dropped.
+    Safe to use from several threads.
     """
 
     def __init__(self, show: Callable[[str], None], verbose: bool) -> None:
@@ -61,6 +64,7 @@ class LogFilter:
         self._verbose = verbose
         self._starting = True
         self._ending = False
+        self._manual = False
         self._held: list[str] = []
         self._lock = threading.Lock()
 
@@ -74,6 +78,9 @@ class LogFilter:
             return
         shown = text if severity is Severity.PLAIN else f"triton {severity.value}: {text}"
         with self._lock:
+            self._manual |= self._starting and shown.startswith(_USAGE)
+            if self._manual:
+                return
             if self._starting and (self._held or severity is Severity.ERROR):
                 self._held.append(shown)
             else:

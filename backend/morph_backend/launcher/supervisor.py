@@ -23,7 +23,7 @@ from morph_backend.launcher.processes import ProcessWatch, end_processes
 from morph_backend.launcher.run_folder import RunFolder
 from morph_backend.launcher.server_log import LogFilter
 from morph_backend.launcher.triton_files import TritonFiles
-from morph_runtime.config import EngineConfig
+from morph_runtime.config import EngineConfig, with_variables
 from morph_runtime.errors import ConfigError
 
 TICK_S = 0.1
@@ -161,7 +161,7 @@ class Supervisor:
         sentence = self._control.heard("error")
         self._filter.started(forget=bool(sentence))
         if sentence:
-            _complain(sentence)
+            _complain(with_variables(sentence))
         else:
             state = "has died" if ready else "could not start"
             hint = "" if self._settings.verbose else " Set MORPH_LOG_VERBOSE=1 to see its whole log."

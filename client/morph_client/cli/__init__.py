@@ -48,7 +48,7 @@ def build_app() -> typer.Typer:
     app.command("mode", short_help="Show or change mode and cap of a running server.")(mode.mode)
     app.command("replay", short_help="Send a trace's requests when they are due.")(replay.replay)
     app.command("compare", short_help="Compare settings of the server on one trace.")(compare.compare)
-    app.add_typer(traces.traces, name="traces", short_help="Make and look at traces.")
+    app.add_typer(traces.traces, name="traces", short_help="List and download public traces.")
     app.command("demo", short_help="Show what morphing does to a burst.")(demo.demo)
     app.command("quantize", short_help="Make an AWQ checkpoint for the W4 rung.")(quantize.quantize)
     app.command("pack", short_help="Prepare a model once, so that servers start fast.")(pack.pack)

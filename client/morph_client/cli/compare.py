@@ -186,6 +186,7 @@ def _measure_all(
             f"{place:>2} of {len(order)}  {configuration.label}: TTFT p95 {table.seconds(s.ttft_s.p95)}, "
             f"{s.slo_violations} of {s.requests} missed the target, {s.output_tokens_per_s:.0f} tokens/s",
             markup=False,
+            soft_wrap=True,
         )
         name = f"{configuration.name.replace(':', '-')}-{repeat + 1}.json"
         files.write_json(out / "runs" / name, run_to_json(done.run))

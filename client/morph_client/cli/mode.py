@@ -17,7 +17,7 @@ MODES = ("accuracy", "balanced", "performance", "off")
 
 
 def mode(
-    new: Annotated[str, typer.Argument(metavar="[MODE]", help="accuracy, balanced, performance or off.")] = "",
+    new: Annotated[str, typer.Argument(metavar="MODE", help="accuracy, balanced, performance or off.")] = "",
     cap: Annotated[
         float | None, typer.Option(help="Share of the levels that may be used, 0 (full precision alone) to 1.")
     ] = None,

@@ -23,7 +23,7 @@ SIMULATOR = "morph_runtime.simulate"
 def simulate(
     trace: options.TraceArgument,
     profile: Annotated[Path, typer.Option(help="Engine profile (JSON): costs, KV capacities and limits of an engine.")],
-    slo: Annotated[float, typer.Option(help="Target for the first token, in seconds.")] = 2.0,
+    slo: Annotated[float, typer.Option("--ttft-slo", "--slo", help="Target for the first token, in seconds.")] = 2.0,
     tpot_slo: Annotated[float, typer.Option(help="Target per further token, in seconds; 0: none.")] = 0.0,
     mode: Annotated[list[str] | None, typer.Option(help="Of the controller; repeatable. Default: balanced.")] = None,
     static: Annotated[list[str] | None, typer.Option(help="Rung served throughout; repeatable. Default: all.")] = None,
@@ -78,8 +78,9 @@ def simulate(
         requests.write_text(json.dumps({"source": cut.source, **columns}), encoding="utf-8")
         run_module(SIMULATOR, [*arguments, f"--out={result}", "--", str(requests)])
         report = json.loads(result.read_text(encoding="utf-8"))
-    stdout().print(simulate_table.describe(report), style="dim", soft_wrap=True)
-    for table in simulate_table.render(report):
-        stdout().print(table)
+    console = stdout()
+    console.print(simulate_table.describe(report), style="dim", soft_wrap=True, markup=False)
+    for table in simulate_table.render(report, console.width):
+        console.print("", table)
     if out is not None:
         write_report(out, report, simulate_plot.write_png)

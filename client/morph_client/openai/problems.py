@@ -84,7 +84,7 @@ def from_shape(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         return ApiError(400, "The body is not valid JSON.")
     place = [str(step) for step in first["loc"] if step != "body"]
     if not place:
-        return ApiError(400, "The body must be a JSON object.")
+        return ApiError(400, "The body must be a JSON object, sent with 'Content-Type: application/json'.")
     # The location also names the types that a value may have ("stop", "list[str]", 0): they are not in the request.
     name = ".".join(step for step in place if (step.isidentifier() and step != "str") or step.isdigit())
     if kind == "extra_forbidden":

@@ -16,9 +16,14 @@ _NOTES = (
     "is sent when it is due. TTFT: from the moment a request was due to its first token. TPOT: mean time per output "
     "token after the first. ITL: pauses between responses that carry tokens. The burst (shaded) is the time in which "
     "requests waited at full precision.",
-    "Perplexity of what was generated: of each configuration's own outputs, scored by the model at full precision; "
-    "the change against full precision is over pairs of outputs to the same prompt. The paper's figures are of other "
-    "models, GPUs and traces (MorphServe, arXiv 2506.02006, default mode over full precision).",
+    "Goodput: complete answers within all targets. Tokens at full precision: computed with every layer at full "
+    "precision; layer-weighted: a token counts with the share of its layers at full precision. Live KV: of the "
+    "capacity at level 0. Client behind: how late it sent a request.",
+    "Perplexity of outputs: of each configuration's own, scored by the model at full precision; the change against "
+    "full precision is over pairs of outputs to the same prompt, ± its standard error. Quality loss by levels: by what "
+    "'morph quality' found for the levels of the tokens. Common beginning: of characters, before the first difference. "
+    "The paper's figures are of other models, GPUs and traces (MorphServe, arXiv 2506.02006, default mode over "
+    "full precision).",
 )
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morph_client.palette import RUNG_STYLE, RUNGS, Theme, light
+from morph_client.palette import FURTHER, RUNG_STYLE, RUNGS, Theme, light
 from morph_client.report import svg
 from morph_client.report.plot import NARROW_IN, WIDE_IN, plain_axis, require_matplotlib
 
-_COLOURS = {"full": RUNG_STYLE["full"], "w8": RUNG_STYLE["w8"], "w4": RUNG_STYLE["w4"]}
 _PANEL_IN, _FOOT_IN, _TITLE_IN, _ROW_IN = 1.75, 0.62, 0.5, 0.34
 _LABEL_CHARS = 18
+_TITLE_X = 0.02
+"""Where titles begin, as a share of the width."""
 
 _Panel = Callable[[Any, Mapping[str, Any], Theme], str]
 
@@ -45,7 +46,7 @@ def _draw(result: Mapping[str, Any], title: str, width_in: float, theme: Theme) 
     height = top_in + sum(size + gap_in for size, _ in panels) + _FOOT_IN - gap_in
     figure = importlib.import_module("matplotlib.figure").Figure(figsize=(width_in, height), facecolor=theme.background)
     if title:
-        figure.text(0.02, 1 - 0.35 / height, title, fontsize=15, fontweight="bold", color=theme.text, va="center")
+        figure.text(_TITLE_X, 1 - 0.35 / height, title, fontsize=15, fontweight="bold", color=theme.text, va="center")
     end, at_in = _end_s(result), top_in
     for i, (size, panel) in enumerate(panels):
         timed = i >= len(bars)
@@ -57,7 +58,7 @@ def _draw(result: Mapping[str, Any], title: str, width_in: float, theme: Theme) 
         chars = round((width_in - 0.7) * 11)
         axis.set_title(
             textwrap.fill(heading, chars), loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold",
-            x=0 if timed else -left_in / (width_in - left_in - 0.2) + 0.02,
+            x=0 if timed else (_TITLE_X * width_in - left_in) / (width_in - left_in - 0.2),
         )  # fmt: skip
         if timed:
             axis.set_xlim(0, end)
@@ -67,8 +68,13 @@ def _draw(result: Mapping[str, Any], title: str, width_in: float, theme: Theme) 
     return figure
 
 
-def _colour(column: Mapping[str, Any], theme: Theme) -> str:
-    return _COLOURS.get(column["name"], theme.on)
+def _colour(result: Mapping[str, Any], column: Mapping[str, Any], theme: Theme) -> str:
+    """Static configurations have their rung's colour, those that morph one each."""
+    if not column["morphs"]:
+        return RUNG_STYLE[column["name"]]
+    colours = (theme.on, *FURTHER)
+    names = [c["name"] for c in result["configurations"] if c["morphs"]]
+    return colours[names.index(column["name"]) % len(colours)]
 
 
 def _bars(axis: Any, result: Mapping[str, Any], theme: Theme, figure: str, from_zero: bool, text: str) -> None:
@@ -81,18 +87,19 @@ def _bars(axis: Any, result: Mapping[str, Any], theme: Theme, figure: str, from_
         found = column["figures"][figure]
         if found is None:
             continue
-        colour = _colour(column, theme)
+        colour = _colour(result, column, theme)
         axis.barh(place, found["median"] - start, left=start, height=0.62, color=colour, alpha=0.85, linewidth=0)
         dots = [run["figures"][figure] for run in column["runs"]]
         axis.scatter(dots, [place] * len(dots), s=16, color=theme.text, zorder=3, linewidths=0)
-        axis.annotate(
-            text.format(found["median"]), (max(found["max"], start), place), xytext=(7, 0), textcoords="offset points",
-            va="center", fontsize=9.5, color=theme.text,
+        # In a column of their own: beside a dot the figure would seem to be the dot's.
+        axis.text(
+            1, place, text.format(found["median"]), transform=axis.get_yaxis_transform(), ha="right", va="center",
+            fontsize=9.5, color=theme.text,
         )  # fmt: skip
     axis.set_yticks(range(len(columns)), [textwrap.fill(c["label"], _LABEL_CHARS) for c in columns])
     axis.tick_params(axis="y", labelcolor=theme.text)
     axis.invert_yaxis()
-    axis.set_xlim(start, start + (most - start) * 1.22)
+    axis.set_xlim(start, start + (most - start) * 1.3)
     axis.grid(axis="y", visible=False)
     axis.grid(axis="x", color=theme.grid, linewidth=0.8)
     axis.xaxis.set_major_locator(importlib.import_module("matplotlib.ticker").MaxNLocator(nbins=5))
@@ -100,12 +107,12 @@ def _bars(axis: Any, result: Mapping[str, Any], theme: Theme, figure: str, from_
 
 def _ttft_bars(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
     _bars(axis, result, theme, "ttft_p95_s", True, "{:.2f} s")
-    return "Time to first token, p95, seconds (bar: median; dots: repeats)"
+    return "Time to first token, p95, seconds (bar and figure: median; dots: repeats)"
 
 
 def _perplexity_bars(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
     _bars(axis, result, theme, "perplexity", False, "{:.3f}")
-    return "Perplexity of what was generated (axis does not begin at 0)"
+    return "Perplexity of outputs (axis does not begin at 0)"
 
 
 def _shown(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -129,7 +136,7 @@ def _ttft(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
     for column in _shown(result):
         requests = middle_run(column)["requests"]
         axis.scatter(
-            requests["due_s"], requests["ttft_s"], s=11, color=_colour(column, theme), alpha=0.75, linewidths=0,
+            requests["due_s"], requests["ttft_s"], s=11, color=_colour(result, column, theme), alpha=0.75, linewidths=0,
             label=column["label"],
         )  # fmt: skip
     axis.set_ylim(bottom=0)
@@ -141,7 +148,9 @@ def _ttft(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
 def _queue(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
     for column in _shown(result):
         state = middle_run(column)["state"]
-        axis.plot(state["at_s"], state["queued"], color=_colour(column, theme), linewidth=1.6, drawstyle="steps-post")
+        axis.plot(
+            state["at_s"], state["queued"], color=_colour(result, column, theme), linewidth=1.6, drawstyle="steps-post"
+        )
     axis.set_ylim(bottom=0)
     return "Queue: requests that wait"
 
@@ -151,8 +160,8 @@ def _level(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
     state = middle_run(column)["state"]
     known = [(at, level) for at, level in zip(state["at_s"], state["level"], strict=True) if level is not None]
     times, levels = [at for at, _ in known], [level for _, level in known]
-    axis.plot(times, levels, color=_colour(column, theme), linewidth=1.8, drawstyle="steps-post")
-    axis.fill_between(times, levels, step="post", color=_colour(column, theme), alpha=0.12, linewidth=0)
+    axis.plot(times, levels, color=_colour(result, column, theme), linewidth=1.8, drawstyle="steps-post")
+    axis.fill_between(times, levels, step="post", color=_colour(result, column, theme), alpha=0.12, linewidth=0)
     axis.set_ylim(0, max(state["level_max"], 1) * 1.08)
     return f"{column['label'].capitalize()}: level, of {state['level_max']}"
 
@@ -160,7 +169,7 @@ def _level(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
 def _kv(axis: Any, result: Mapping[str, Any], theme: Theme) -> str:
     column = _morphing(result)
     state = middle_run(column)["state"]
-    colour = _colour(column, theme)
+    colour = _colour(result, column, theme)
     capacity = [math.nan if v is None else v for v in state["kv_capacity"]]
     used = [v or 0.0 for v in state["kv_used"]]
     axis.plot(state["at_s"], capacity, color=colour, linewidth=1.8, drawstyle="steps-post")

@@ -35,7 +35,8 @@ def _fixed(digits: int) -> _Shown:
 
 _NAME_WIDTH, _VALUE_WIDTH = 24, 13
 _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
-    # name, figure, how it is shown, whether a group begins, whether least and most of the repeats follow
+    # name (at most _NAME_WIDTH, so that it does not fold), figure, how it is shown, whether a group begins, whether
+    # least and most of the repeats follow
     ("requests", "requests", _whole, False, False),
     ("errors", "errors", _whole, False, False),
     ("TTFT p50", "ttft_p50_s", seconds, True, False),
@@ -44,25 +45,25 @@ _LINES: tuple[tuple[str, str, _Shown, bool, bool], ...] = (
     ("  p95, full / this", "ttft_p95_ratio", _times, False, True),
     ("targets missed", "slo_violations", _whole, False, True),
     ("  against full", "slo_violations_change", _signed, False, False),
-    ("goodput, requests per second", "goodput_per_s", _fixed(2), False, False),
+    ("goodput per second", "goodput_per_s", _fixed(2), False, False),
     ("TPOT p50", "tpot_p50_s", seconds, True, False),
     ("TPOT p95", "tpot_p95_s", seconds, False, False),
     ("ITL p99", "itl_p99_s", seconds, False, False),
     ("end to end p95", "e2e_p95_s", seconds, False, False),
     ("output tokens per second", "output_tokens_per_s", _fixed(1), False, False),
-    ("tokens with every layer at full precision", "level0_share", percent, True, False),
-    ("  layer-weighted share at full", "full_share", percent, False, False),
-    ("  the same outside the burst", "full_share_outside_burst", percent, False, False),
-    ("perplexity of what was generated", "perplexity", _fixed(2), True, True),
-    ("quality loss by the levels of its tokens", "level_loss", _signed, False, False),
+    ("tokens at full precision", "level0_share", percent, True, False),
+    ("  layer-weighted", "full_share", percent, False, False),
+    ("  outside the burst", "full_share_outside_burst", percent, False, False),
+    ("perplexity of outputs", "perplexity", _fixed(2), True, True),
+    ("quality loss by levels", "level_loss", _signed, False, False),
     ("outputs equal to full's", "equal_to_full", percent, False, False),
-    ("  common beginning, of characters", "common_prefix", percent, False, False),
+    ("  common beginning", "common_prefix", percent, False, False),
     ("highest level", "max_level", _whole, True, False),
     ("most KV blocks", "max_kv_blocks", _whole, False, False),
-    ("most live KV, of base capacity", "peak_kv_share", _share, False, False),
+    ("most live KV, of base", "peak_kv_share", _share, False, False),
     ("preemptions", "preemptions", _whole, False, False),
     ("back at level 0 after", "return_s", seconds, False, False),
-    ("client behind its schedule, at most", "max_lateness_s", seconds, True, False),
+    ("client behind, at most", "max_lateness_s", seconds, True, False),
 )
 
 
@@ -82,10 +83,10 @@ def rows(result: Mapping[str, Any], spread: bool = True) -> list[Row]:
         values = tuple(NOTHING if f is None else shown(f["median"]) for f in found)
         told.append(Row(name + paper.get(figure, ""), values, heads_group))
         if spread and with_spread and repeats > 1:
-            told.append(Row("  least to most of the repeats", tuple(_range(f, shown) for f in found)))
+            told.append(Row("  least to most", tuple(_range(f, shown) for f in found)))
         if figure == "perplexity":
             changes = tuple(_change(column) for column in columns)
-            told.append(Row("  change against full, ± standard error", changes))
+            told.append(Row("  against full", changes))
     return told
 
 

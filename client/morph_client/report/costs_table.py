@@ -15,8 +15,9 @@ BAR = 0.10
 def describe(profile: Mapping[str, Any]) -> str:
     """What was measured, in one line."""
     of = profile["identity"]
+    threads = f"{of['threads']} thread{'' if of['threads'] == 1 else 's'}"
     return (
-        f"{profile['name']}, {profile['num_layers']} layers, {of['dtype']} on {of['device']}, {of['threads']} threads: "
+        f"{profile['name']}, {profile['num_layers']} layers, {of['dtype']} on {of['device']}, {threads}: "
         f"measured in {profile['measured_s']:.1f} s"
     )
 

@@ -26,7 +26,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises :class:`BadInput` now rather than after a long run. Leaves an existing file as it is."""
+    """Raises :class:`BadInput` now rather than after a long run. Makes the folder; leaves an existing file as it is."""
+    make_folder(path.parent)
     _or_refuse(path, lambda: path.open("a").close())
 
 

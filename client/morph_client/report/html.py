@@ -25,7 +25,7 @@ svg { display: block; width: 100%%; height: auto; margin: 0 0 1.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem 0 .3rem 1.75rem; text-align: right; white-space: nowrap; font-weight: 400; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; background: var(--background) padding-box; }
-thead th { border-bottom: 1px solid var(--muted); font-weight: 600; }
+thead th { border-bottom: 1px solid var(--muted); font-weight: 600; white-space: normal; vertical-align: bottom; }
 tr.sub th { padding-left: 1rem; }
 tr.group td, tr.group th { border-top: 1px solid var(--grid); }
 .two thead th:nth-last-child(2) { color: var(--off); } .two thead th:last-child { color: var(--on); }
@@ -38,7 +38,7 @@ pre.command { white-space: pre-wrap; overflow-wrap: anywhere; }
   body { padding: 1.25rem 1rem 2rem; }
   .wide { display: none; } .narrow { display: block; }
   table { font-size: .875rem; }
-  th, td { padding-left: 1rem; } thead th { white-space: normal; vertical-align: bottom; }
+  th, td { padding-left: 1rem; }
   th:first-child, td:first-child { position: sticky; left: 0; white-space: normal; min-width: 7.5rem; }
 }
 """

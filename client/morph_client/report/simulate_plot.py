@@ -7,12 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from morph_client.palette import ACCENT, RUNG_STYLE, Theme, light
-from morph_client.report.plot import require_matplotlib, style_axis
+from morph_client.palette import ACCENT, FURTHER, RUNG_STYLE, Theme, light
+from morph_client.report.plot import plain_axis, require_matplotlib, style_axis
 from morph_client.report.simulate_table import describe
 
-_WIDTH_IN, _PANEL_IN, _HEAD_IN, _FOOT_IN = 10.0, 1.75, 1.15, 0.62
-_MODE_COLOURS = (ACCENT, "#7a5ea8", "#3f7d4e")
+_WIDTH_IN, _PANEL_IN, _HEAD_IN, _FOOT_IN = 10.0, 1.75, 0.95, 0.62
+_LEGEND_COLUMNS, _LEGEND_LINE_IN = 6, 0.2
+_MODE_COLOURS = (ACCENT, *FURTHER)
+_DASHES = {"precision only": ":", "growth only": "--"}
+"""How an ablation differs from its mode, whose colour it has."""
 _TITLES = {
     "load": "Load: requests that arrive, per second",
     "backlog": "Backlog: requests that wait",
@@ -33,26 +36,27 @@ def write_png(report: Run, path: Path, theme: Theme | None = None) -> None:
     theme = theme or light()
     fleets = [fleet for fleet in report["fleets"] if fleet["servers"] == "auto"]
     panels = [name for name in _TITLES if name != "fleet" or fleets]
-    height = _HEAD_IN + _PANEL_IN * len(panels) + _FOOT_IN
+    head = _HEAD_IN + _LEGEND_LINE_IN * -(-len(report["runs"]) // _LEGEND_COLUMNS)
+    height = head + _PANEL_IN * len(panels) + _FOOT_IN
     figure = importlib.import_module("matplotlib.figure").Figure((_WIDTH_IN, height), facecolor=theme.background)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    figure.subplots_adjust(left=0.075, right=0.98, top=1 - _HEAD_IN / height, bottom=_FOOT_IN / height, hspace=0.34)
+    figure.subplots_adjust(left=0.075, right=0.98, top=1 - head / height, bottom=_FOOT_IN / height, hspace=0.34)
     colours = _colours(report["runs"])
     end = max(run["timeline"]["at_s"][-1] for run in report["runs"])
     for axis, panel in zip(axes, panels, strict=True):
-        style_axis(axis, theme)
+        (style_axis if panel == "ttft" else plain_axis)(axis, theme)
         axis.set_title(_TITLES[panel], loc="left", fontsize=10.5, color=theme.text, pad=5, fontweight="bold")
         for begin, stop in report["bursts"]:
             axis.axvspan(begin, stop, color=theme.burst, linewidth=0, zorder=0)
         if panel == "load":
-            line = report["runs"][0]["timeline"]
-            axis.fill_between(line["at_s"], line["arrivals_per_s"], step="mid", color=theme.load, linewidth=0)
+            times, rates = _rates(report["runs"][0]["timeline"])
+            axis.fill_between(times, rates, step="post", color=theme.load, linewidth=0)
         elif panel == "fleet":
             _sizes(axis, fleets, colours, end)
         else:
             for run in report["runs"]:
                 _draw(axis, panel, run, colours[run["label"]])
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, axis.get_ylim()[1] if panel == "ttft" else max(axis.get_ylim()[1], 1))
     axes[-1].set_xlim(0, end)
     axes[-1].set_xlabel("seconds", fontsize=10, color=theme.muted, labelpad=6)
     _head(figure, report, colours, theme, height)
@@ -70,9 +74,25 @@ def _colours(runs: Sequence[Run]) -> dict[str, str]:
     return found
 
 
+def _dash(label: str) -> str:
+    return _DASHES.get(label.partition(", ")[2], "-")
+
+
+def _rates(line: Run) -> tuple[list[float], list[float]]:
+    """Where bins begin, and arrivals per second in each: bins of a second at least, for finer ones show noise."""
+    at_s, rates = line["at_s"], line["arrivals_per_s"]
+    if len(at_s) < 2:
+        return at_s, rates
+    bin_s = at_s[1] - at_s[0]
+    joined = max(1, round(1 / bin_s))
+    starts = range(0, len(at_s), joined)
+    means = [sum(rates[i : i + joined]) / len(rates[i : i + joined]) for i in starts]
+    return [*(at_s[i] - bin_s / 2 for i in starts), at_s[-1] + bin_s / 2], [*means, means[-1]]
+
+
 def _draw(axis: Any, panel: str, run: Run, colour: str) -> None:
     line = run["timeline"]
-    style = {"color": colour, "linewidth": 1.5, "linestyle": ":" if "," in run["label"] else "-"}
+    style = {"color": colour, "linewidth": 1.5, "linestyle": _dash(run["label"])}
     if panel == "ttft":
         points = run["ttft_by_arrival"]
         kept = points[:: -(-len(points) // _POINTS)]
@@ -95,9 +115,10 @@ def _sizes(axis: Any, fleets: Sequence[Run], colours: Mapping[str, str], end: fl
 def _head(figure: Any, report: Run, colours: Mapping[str, str], theme: Theme, height: float) -> None:
     figure.text(0.075, 1 - 0.3 / height, "Simulation", fontsize=15, fontweight="bold", color=theme.text, va="center")
     figure.text(0.075, 1 - 0.58 / height, describe(report), fontsize=8.5, color=theme.muted, va="center")
-    patch = importlib.import_module("matplotlib.patches").Patch
+    line = importlib.import_module("matplotlib.lines").Line2D
+    keys = [line([], [], color=c, label=name, linestyle=_dash(name), linewidth=2) for name, c in colours.items()]
     figure.legend(
-        handles=[patch(facecolor=colour, label=label) for label, colour in colours.items()],
-        loc="upper left", bbox_to_anchor=(0.067, 1 - 0.66 / height), ncols=6, frameon=False, fontsize=9,
-        labelcolor=theme.text, borderpad=0, handlelength=1.1, handleheight=0.35,
+        handles=keys,
+        loc="upper left", bbox_to_anchor=(0.072, 1 - 0.72 / height), ncols=_LEGEND_COLUMNS, frameon=False, fontsize=9,
+        labelcolor=theme.text, borderpad=0, handlelength=1.8, columnspacing=1.4,
     )  # fmt: skip

@@ -140,6 +140,8 @@ def _decode(
         sequence = tl.load(picks + 2 * number)
         row = tl.load(picks + 2 * number + 1)
     context = tl.load(contexts + sequence)
+    if PICKED:
+        context = tl.where(row >= 0, context, 0)
     first, start, part = _part(context, window, WINDOWED, SPLITS, TILE)
     begin = start + split * part
     end = tl.minimum(begin + part, context)
@@ -149,6 +151,8 @@ def _decode(
         column = tl.arange(0, DIM_COLUMNS)
         head = kv_head * GROUP + group
         held = (group < GROUP)[:, None] & (column < DIM)[None, :]
+        if PICKED:
+            held = held & (row >= 0)
         q_place = q + row.to(tl.int64) * q_stride + head[:, None] * DIM + column[None, :]
         query = tl.load(q_place, mask=held, other=0.0)  # [GROUP_ROWS, DIM_COLUMNS]
         best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
@@ -216,6 +220,8 @@ def _join(
         sequence = tl.load(picks + 2 * number)
         row = tl.load(picks + 2 * number + 1)
     context = tl.load(contexts + sequence)
+    if PICKED:
+        context = tl.where(row >= 0, context, 0)
     _first, start, part = _part(context, window, WINDOWED, SPLITS, TILE)
     split = tl.arange(0, SPLITS)
     column = tl.arange(0, DIM_COLUMNS)
@@ -230,7 +236,10 @@ def _join(
     parts = tl.load(workspace + line[:, None] * DIM + column[None, :], mask=held, other=0.0)
     mixed = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0.0, total, 1.0)
     out_place = out + (row.to(tl.int64) * HEADS + head) * DIM + column
-    tl.store(out_place, mixed.to(out.dtype.element_ty), mask=column < DIM)
+    written_to = column < DIM
+    if PICKED:
+        written_to = written_to & (row >= 0)
+    tl.store(out_place, mixed.to(out.dtype.element_ty), mask=written_to)
 
 
 def decode(
@@ -261,7 +270,8 @@ def decode(
         scale: of the scores, usually head_dim ** -0.5.
         window: tokens that a query sees, its own included; 0: all.
         picks: int32 [N, 2]: sequence (row of `block_tables`, `contexts`) and row (of `q`, `out`) of each decode, for
-            steps that hold other tokens too; None: sequence and row i for each i of `q`.
+            steps that hold other tokens too; row -1: nothing, so that a captured graph may hold more than a step has;
+            None: sequence and row i for each i of `q`.
 
     Raises:
         ValueError: the shapes do not fit.

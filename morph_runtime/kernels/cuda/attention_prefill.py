@@ -63,6 +63,18 @@ def prefill_tiles(lengths: Sequence[tuple[int, int]], tokens: int) -> list[tuple
     return sorted(tiles, key=lambda item: -item[1])  # later tiles see more keys
 
 
+def most_tiles(tokens: int, sequences: int, per_tile: int) -> int:
+    """Tiles that any step of so many tokens and sequences may have, if sequences of one token have none.
+
+    Args:
+        tokens: of the step.
+        sequences: at most.
+        per_tile: query tokens per tile.
+    """
+    # Each sequence has two tokens or more, and one tile that is not full.
+    return tokens // per_tile + min(tokens // 2, sequences)
+
+
 @kernel
 def _attend(
     best: tl.tensor,
@@ -155,11 +167,13 @@ def _prefill(
 ) -> None:
     kv_head = tl.program_id(0)
     number = tl.program_id(1)
-    sequence = tl.load(tiles + 2 * number)
+    listed = tl.load(tiles + 2 * number)
     part = tl.load(tiles + 2 * number + 1)
+    sequence = tl.maximum(listed, 0)
     start = tl.load(starts + sequence)
-    length = tl.load(starts + sequence + 1) - start
-    context = tl.load(contexts + sequence)
+    # No tile: no query and no key, so that nothing is read or written.
+    length = tl.where(listed >= 0, tl.load(starts + sequence + 1) - start, 0)
+    context = tl.where(listed >= 0, tl.load(contexts + sequence), 0)
     TOKENS: tl.constexpr = ROWS // GROUP
 
     row = tl.arange(0, ROWS)
@@ -228,7 +242,8 @@ def prefill(
         block_tables: int32 [S, max_blocks]; only entries that a query sees are read.
         starts: int32 [S + 1]: where each sequence's tokens start in the step, and the end.
         contexts: int32 [S]: tokens in the cache, the step's own included.
-        tiles: int32 [N, 2]: see `prefill_tiles`.
+        tiles: int32 [N, 2]: see `prefill_tiles`; (-1, 0): nothing, so that a captured graph may hold more than a step
+            has.
         out: [T, heads * head_dim], contiguous, of q's type; rows of other sequences are left alone.
         scale: of the scores, usually head_dim ** -0.5; positive.
         window: tokens that a query sees, its own included; 0: all.

@@ -61,7 +61,7 @@ def test_a_duty_that_raises_is_counted_and_the_others_are_done() -> None:
 def test_a_nudger_whose_backlog_probe_raises_lives_on() -> None:
     defects: list[str] = []
 
-    def broken() -> bool:
+    def broken() -> int:
         raise ValueError("no number")
 
     nudger = QueueNudger(lambda _listener: None, broken, on_defect=defects.append, pause_s=0.001, retry_s=0.001)  # type: ignore[arg-type, return-value]

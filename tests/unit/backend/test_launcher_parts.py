@@ -139,6 +139,15 @@ def test_errors_during_the_start_are_held() -> None:
     assert shown[3:] == ["triton error: again"]
 
 
+def test_the_manual_that_triton_prints_after_an_unknown_option_is_dropped() -> None:
+    shown: list[str] = []
+    log = LogFilter(shown.append, verbose=False)
+    for line in ("tritonserver: unrecognized option '--foo=1'", "Usage: tritonserver [options]", "  --help"):
+        log.feed(line + "\n")
+    log.started()
+    assert shown == ["tritonserver: unrecognized option '--foo=1'"]
+
+
 def test_held_errors_can_be_forgotten_and_verbose_shows_all() -> None:
     shown: list[str] = []
     log = LogFilter(shown.append, verbose=False)

@@ -116,7 +116,7 @@ def test_a_metric_that_raises_does_not_cost_the_others(
 
 def test_the_probes_connection_is_closed_at_the_end(endpoint: http.server.ThreadingHTTPServer) -> None:
     probe = BacklogProbe(("127.0.0.1", endpoint.server_address[1]), ("morph", "1"))
-    assert probe() and probe()
+    assert probe() == probe() == 7
     assert len(Endpoint.connections) == 1
     probe.close()
     assert probe._page._connection is None

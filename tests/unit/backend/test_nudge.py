@@ -18,7 +18,8 @@ class FakeQueue:
         self.opened = self.closed = self.sent = 0
         self.answers = True
         self.broken = False
-        self.backlog = True
+        self.backlog = 1
+        self.looks = 0
         self.reported = 0
         self._listener: Callable[[], None] = lambda: None
 
@@ -30,6 +31,15 @@ class FakeQueue:
             self.opened += 1
         return self
 
+    def look(self) -> int:
+        with self.condition:
+            self.looks += 1
+            self.condition.notify_all()
+        return self.backlog
+
+    def answer(self) -> None:
+        self._listener()
+
     def report(self) -> None:
         with self.condition:
             self.reported += 1
@@ -38,6 +48,8 @@ class FakeQueue:
     def send(self) -> None:
         with self.condition:
             self.sent += 1
+            if self.answers:
+                self.backlog = max(0, self.backlog - 1)  # the nudge has moved one on
             self.condition.notify_all()
         if self.answers:
             self._listener()
@@ -65,9 +77,9 @@ def nudgers() -> Iterator[Callable[..., QueueNudger]]:
         made.append(
             QueueNudger(
                 queue.connect,
-                lambda: queue.backlog,
+                queue.look,
                 on_sent=queue.report,
-                **{"pause_s": 0.005, "answer_s": 0.02, "idle_s": 60.0, **times},
+                **{"pause_s": 0.005, "answer_s": 0.02, "idle_s": 60.0, "most_s": 60.0, **times},
             )
         )
         return made[-1]
@@ -82,14 +94,70 @@ def test_it_nudges_once_after_execute_has_returned_and_the_queue_answers(
 ) -> None:
     nudger = nudgers(queue)
     for count in (1, 2, 3):
+        queue.backlog = 1
         nudger.entered()
         nudger.left()
         queue.wait(lambda expected=count: queue.sent == queue.reported == expected)
     assert queue.opened == 1
 
 
+def test_requests_that_were_seen_in_the_queue_are_nudged_for_without_another_look(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.backlog, queue.answers = 10, False
+    nudger = nudgers(queue, answer_s=60.0)
+    nudger.entered()
+    nudger.left()
+    for count in range(1, 11):
+        queue.wait(lambda expected=count: queue.sent == expected)
+        assert queue.looks == 1
+        queue.backlog = 0
+        nudger.entered()  # the nudge's effect
+        queue.answer()
+        nudger.left()
+    queue.wait(lambda: queue.looks == 2)
+
+
+def test_who_was_seen_in_the_queue_and_has_been_cancelled_costs_one_nudge(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.backlog = 10
+    nudger = nudgers(queue)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent == 1)
+    nudger.entered()
+    queue.backlog = 0
+    nudger.left()
+    queue.wait(lambda: queue.looks >= 2)
+    nudger.close()
+    assert queue.sent <= 2
+
+
+def test_it_looks_again_and_nudges_again_if_nobody_comes_though_the_nudge_was_answered(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.backlog = 3
+    nudger = nudgers(queue)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.looks == 4 and queue.sent == 3)
+
+
+def test_the_answer_to_an_earlier_nudge_does_not_pass_for_that_to_the_next(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.answers = False
+    nudger = nudgers(queue)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent == 2)
+    queue.answer()
+    queue.wait(lambda: queue.sent >= 3)
+
+
 def test_it_does_not_nudge_when_nothing_is_queued(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> None:
-    queue.backlog = False
+    queue.backlog = 0
     nudger = nudgers(queue)
     for _ in range(20):
         nudger.entered()
@@ -147,6 +215,7 @@ def test_an_idle_stream_is_closed_so_that_the_model_can_unload(
     nudger.entered()
     nudger.left()
     queue.wait(lambda: queue.closed == 1)
+    queue.backlog = 1
     nudger.entered()
     nudger.left()
     queue.wait(lambda: queue.sent == 2)

@@ -176,18 +176,22 @@ def test_a_cancelled_request_cancels_all_its_outputs(house: House) -> None:
 
 
 def test_each_output_holds_a_credit_of_its_own(house: House) -> None:
+    def begun(*keys: int) -> None:
+        house.service.on_step(StepOutput(list(keys), [], [], 1, len(keys), short_of_blocks=True))
+
     house.freeze()
+    begun()  # short of blocks, the line alone counts
     house.ask(1)
     waiting = threading.Thread(target=lambda: house.ask(2), daemon=True)
     waiting.start()
     waiting.join(0.2)
     assert waiting.is_alive() and len(house.engine.submitted) == 1
-    house.service.on_step(StepOutput([house.engine.submitted[0].key], [], [], 0, 1))
+    begun(house.engine.submitted[0].key)
     waiting.join(60)
     assert len(house.engine.submitted) == 3
     late = threading.Thread(target=lambda: house.ask(1), daemon=True)
     late.start()
-    house.service.on_step(StepOutput([house.engine.submitted[1].key], [], [], 1, 2))  # one of two has begun
+    begun(house.engine.submitted[1].key)  # one of two has begun
     late.join(60)
     assert len(house.engine.submitted) == 4
 

@@ -158,7 +158,7 @@ def test_replay_tells_the_errors_it_met(morph: Morph, triton: FakeTriton, tmp_pa
         (["--offset", "99"], "the trace runs from 0 to 0.1 s"),
         (["--max-output-tokens", "0"], "at least 1"),
         (["--text", "absent.txt"], "absent.txt"),
-        (["--out", "absent/x.json"], "cannot write"),
+        (["--out", "/dev/null/x.json"], "cannot write"),
     ],
 )
 def test_a_bad_option_is_one_sentence(morph: Morph, tmp_path: Path, arguments: list[str], says: str) -> None:

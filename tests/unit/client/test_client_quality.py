@@ -104,7 +104,8 @@ def test_without_the_server_part_measuring_names_the_remedy(
 def test_an_output_that_cannot_be_written_is_told_before_anything_runs(
     morph: Morph, runtime: list[list[str]], tmp_path: Path
 ) -> None:
-    done = morph("quality", "/m", "--text", "/t", "--out", tmp_path / "no" / "q.json")
+    (tmp_path / "file").write_text("")
+    done = morph("quality", "/m", "--text", "/t", "--out", tmp_path / "file" / "q.json")
     assert done.exit_code == 2 and "cannot write" in done.stderr and not runtime
 
 

@@ -165,7 +165,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for wrong in (
         lambda: files.make_folder(tmp_path / "file" / "x"),
-        lambda: files.check_writable(tmp_path / "absent" / "x"),
+        lambda: files.check_writable(tmp_path / "file" / "x"),
         lambda: files.write_json(tmp_path, {}),
     ):
         with pytest.raises(BadInput, match="cannot write"):

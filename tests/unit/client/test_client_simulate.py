@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from morph_client.report.simulate_plot import _rates
+
 PROFILE = Path(__file__).resolve().parents[3] / "bench/simulate/profiles/h200_llama-2-7b_24gib.json"
 
 
@@ -36,6 +38,25 @@ def test_simulate_shows_tables_and_leaves_figures_and_a_picture(
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_no_figure_is_cut_at_eighty_columns(
+    morph: Callable[..., Any], csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = morph("simulate", csv, "--profile", PROFILE, "--window", "10", "--ablation", "--sweep", "dwell=1",
+                 "--replicas", "1")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    heads = ("TTFT p50", "p99", "TPOT p95", "goodput/s", "full/w8/w4", "preempted", "turns", "GPU hours")
+    assert "…" not in done.stdout and all(head in done.stdout for head in heads)
+    assert done.stdout.count("balanced, precision only") == 2  # in both halves of the table of runs
+    assert max(map(len, done.stdout.splitlines()[1:])) <= 80
+
+
 def test_a_request_that_does_not_fit_is_told_by_the_server_part(morph: Callable[..., Any], csv: Path) -> None:
     done = morph("simulate", csv, "--profile", PROFILE)
     assert done.exit_code == 2
+
+
+def test_the_load_of_a_short_trace_is_counted_by_the_second() -> None:
+    line = {"at_s": [0.125 + i / 4 for i in range(10)], "arrivals_per_s": [0, 0, 0, 4, 0, 0, 8, 4, 4, 0]}
+    starts, rates = _rates(line)
+    assert starts == [0, 1, 2, 2.5] and rates == [1, 3, 2, 2]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engine.conftest import make_model, submit
+from engine.conftest import make_model, run_all, submit
 from engine.late_runner import LateRunner
 from morph_runtime.engine.core import Engine
 from morph_runtime.engine.messages import StructuredOutputs
@@ -167,3 +167,18 @@ def test_levels_change_and_blocks_move_between_steps_that_are_in_flight(
     assert runner.overlapped > runner.launches // 2, "the test must overlap"
     assert engine.parts.shifter.counters.up > 3 and engine.parts.resizer.blocks_migrated > 0, "the test must migrate"
     assert engine.parts.scheduler.preemptions > 0, "the test must preempt"
+
+
+def test_starts_are_told_once_and_before_the_step_in_flight_is_waited_for(folder: Path, engines: EngineFactory) -> None:
+    engine, runner = overlapped(engines(folder))
+    heard: list[tuple[list[int], int]] = []
+    engine.tell_starts(lambda out: heard.append((out.started, len(runner.unresolved))))
+    submit(engine, 1, [5, 9, 23], 8)
+    first = engine.step(decide=False)
+    assert first is not None and first.started == [1] and not heard, "nothing was in flight"
+    submit(engine, 2, [7, 9, 23], 8)
+    second = engine.step(decide=False)
+    assert second is not None and not second.started
+    assert heard == [([2], 2)], "told while the first step still ran"
+    assert {key: len(tokens) for key, tokens in run_all(engine).items()} == {1: 7, 2: 8}
+    assert len(heard) == 1

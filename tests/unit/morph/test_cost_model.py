@@ -31,6 +31,12 @@ COSTS = StepCosts(
     ups_s=(0.02, 0.04),
     depth=2,
 )
+PADDED = replace(
+    COSTS,
+    step_sizes=(16, 64, 128),
+    mixed_sizes=(64, 128),
+    padded_s=np.array([[9.0, 22.0, 41.0], [8.0, 21.0, 40.0], [7.0, 25.0, 50.0]]) * 1e-3,
+)
 DECODES = [Shape(n, 16) for n in (1, 8, 32)]
 CHUNKS = [Shape(0, prefill=n) for n in (128,)]
 OTHERS = [
@@ -40,10 +46,30 @@ OTHERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("costs", [COSTS, PADDED], ids=["as they are", "padded"])
 @pytest.mark.parametrize("level", [0, 2, 4, 7, 8])
-@pytest.mark.parametrize("step", [(1, 500, 0, 0), (32, 9000, 0, 0), (5, 700, 100, 9000), (0, 0, 300, 60000)])
-def test_the_quick_path_says_what_the_broadcasting_one_says(level: int, step: tuple[int, int, int, int]) -> None:
-    assert COSTS.seconds(level, *step) == pytest.approx(float(COSTS.step_s(level, *step)), rel=1e-12)
+@pytest.mark.parametrize(
+    "step",
+    [(1, 500, 0, 0), (32, 9000, 0, 0), (5, 700, 100, 9000), (0, 0, 64, 3000), (3, 60, 61, 900), (0, 0, 300, 60000)],
+)
+def test_the_quick_path_says_what_the_broadcasting_one_says(
+    costs: StepCosts, level: int, step: tuple[int, int, int, int]
+) -> None:
+    assert costs.seconds(level, *step) == pytest.approx(float(costs.step_s(level, *step)), rel=1e-12)
+
+
+def test_a_step_with_prompt_tokens_costs_what_the_size_costs_to_which_it_is_padded() -> None:
+    assert PADDED.seconds(0, 0, 0, 16, 0) == pytest.approx(9e-3)
+    assert PADDED.seconds(0, 0, 0, 17, 0) == PADDED.seconds(0, 0, 0, 64, 0) == pytest.approx(22e-3)
+    assert PADDED.seconds(0, 14, 0, 50, 0) == pytest.approx(22e-3 + 14 * 4e-5)  # 64 tokens with the decodes
+    assert PADDED.seconds(0, 15, 0, 50, 0) == pytest.approx(41e-3 + 15 * 4e-5)
+    for count in (9, 64):  # between rungs there are fewer sizes, and the mixture's surcharge
+        assert PADDED.seconds(2, 0, 0, count, 0) == pytest.approx(21.5e-3 + 1e-4)
+    assert PADDED.seconds(0, 0, 0, 256, 0) == pytest.approx(2 * 41e-3)  # no step of an engine: a plan of a larger one
+    for level in (0, 3, 8):  # decodes alone are not padded with it
+        assert PADDED.seconds(level, 20, 900, 0, 0) == COSTS.seconds(level, 20, 900, 0, 0)
+    times = PADDED.fixed_s(np.arange(9)[:, None], 0, np.arange(1, 129))
+    assert times.shape == (9, 128) and (times[8, 16:64] == times[8, 63]).all()
 
 
 def test_arguments_broadcast_over_levels_and_loads() -> None:
@@ -61,6 +87,8 @@ def test_a_shift_costs_each_layer_at_its_rung_and_no_less_than_the_steps_between
 
 
 def test_json_gives_the_model_back_and_a_file_without_the_newer_fields_is_read() -> None:
+    padded = PADDED.to_json()
+    assert StepCosts.from_json(padded, PLAN).to_json() == padded
     values = COSTS.to_json()
     assert StepCosts.from_json(values, PLAN).to_json() == values
     old = {name: values[name] for name in ("rungs", "tokens", "whole_s", "context_s", "pair_s", "down_s", "up_s")}
@@ -81,6 +109,13 @@ def test_json_gives_the_model_back_and_a_file_without_the_newer_fields_is_read()
         {"prompt_s": [0.0]},
         {"rungs": ["full", "w4"]},
         {"up_s": "fast"},
+        {"step_sizes": [16, 16]},
+        {"mixed_sizes": [16]},
+        {"step_sizes": [8, 16], "padded_s": [[1.0, 2.0]] * 3, "mixed_sizes": [8]},
+        {"step_sizes": [8, 16], "padded_s": [[1.0, 2.0]] * 3, "mixed_sizes": [9, 16]},
+        {"step_sizes": [0, 16]},
+        {"step_sizes": [16], "padded_s": [[1.0], [1.0]]},
+        {"step_sizes": [16], "padded_s": [[1.0], [1.0], [0.0]]},
     ],
 )
 def test_a_damaged_model_is_refused(change: dict[str, object]) -> None:
@@ -105,6 +140,20 @@ def test_a_fit_finds_a_known_model_again_under_noise(noise: float, bar: float) -
     for level in (0, 2, 4, 6, 8):
         for shape in [*DECODES, *CHUNKS, *others]:
             assert shape.predicted_s(found, level) == pytest.approx(shape.predicted_s(COSTS, level), rel=bar)
+
+
+def test_padded_steps_that_were_not_timed_lie_on_a_line_between_those_that_were() -> None:
+    decodes = {Shape(1, 16): 1.0, Shape(8, 16): 1.1}
+    chunks = [Shape(0, prefill=n) for n in (16, 64, 100)]
+    full = {**decodes, **dict(zip(chunks, (2.0, 5.0, 9.0), strict=True))}
+    half = {shape: seconds / 2 for shape, seconds in full.items() if shape != chunks[1]}
+    fit = fit_steps([full, half], {}, (16, 32, 64, 128, 256))
+    assert fit.tokens.tolist() == [1, 8]  # of decodes alone
+    assert fit.step_sizes == (16, 32, 64, 128, 256) and fit.padded_s is not None
+    assert fit.padded_s[0].tolist() == pytest.approx([2.0, 3.0, 5.0, 9.0, 17.0])
+    assert fit.padded_s[1].tolist() == pytest.approx([1.0, 1.5, 2.5, 4.5, 8.5])
+    without = fit_steps([decodes], {}, (16, 32))
+    assert without.padded_s is None and without.step_sizes == ()
 
 
 def test_a_device_too_slow_for_more_than_two_steps_still_gets_a_model() -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from morph_runtime.config import CacheSettings, SchedulerSettings
+from morph_runtime.credits import CreditLimits, EngineNews, may_enter
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.kv import BlockPool
 from morph_runtime.morph.costs import StepCosts, layer_counts, pairs_of
@@ -50,6 +51,42 @@ class Flight:
     end_s: float
 
 
+class Queue:
+    """The outer queue: one request after the other gets its credit as soon as the rule lets it."""
+
+    def __init__(self, profile: EngineProfile, arrivals: Arrivals) -> None:
+        self.limits = CreditLimits(profile.line, profile.max_num_batched_tokens, profile.max_num_seqs)
+        self.handoff_s = profile.handoff_s
+        self.outside = deque(zip(arrivals.arrival_s.tolist(), arrivals.prompt_tokens.tolist(), strict=True))
+        self.inside: deque[tuple[float, int]] = deque()
+        self.count = 0
+        self.held: dict[int, int] = {}
+        self.news = EngineNews()
+        self.told_s = self.last_entry = 0.0
+
+    @property
+    def next_entry_s(self) -> float:
+        """Of an idle engine: nobody holds a credit, so the first outside gets one."""
+        if self.inside:
+            return self.inside[0][0]
+        return max(self.outside[0][0], self.last_entry, self.told_s) + self.handoff_s if self.outside else float("inf")
+
+    def hand_over(self, until: float, inclusive: bool) -> None:
+        while self.outside:
+            arrival, tokens = self.outside[0]
+            at = max(arrival, self.last_entry, self.told_s)
+            held = sum(self.held.values())
+            if at > until or (at == until and not inclusive):
+                return
+            if not may_enter(self.limits, self.news, len(self.held), held, 1, tokens):
+                return
+            self.outside.popleft()
+            self.held[self.count] = tokens
+            self.last_entry = at + self.handoff_s
+            self.inside.append((self.last_entry, self.count))
+            self.count += 1
+
+
 class Reference:
     """The engine's loop (`Engine.step`) over simulated time."""
 
@@ -66,39 +103,42 @@ class Reference:
         self.script = deque(script or [])
         self.now = 0.0
         self.flight: Flight | None = None
+        self.entered_s: list[float] = []
         self.first_s: dict[int, float] = {}
         self.last_s: dict[int, float] = {}
 
     def run(self, arrivals: Arrivals) -> None:
         """Serve everything."""
         profile = self.profile
-        outside = deque(range(len(arrivals)))
-        inside: deque[tuple[float, int]] = deque()
-        free_s = deque([0.0] * profile.line)
-        last_entry = 0.0
+        queue = Queue(profile, arrivals)
         unfinished = len(arrivals)
         while unfinished:
-            while outside and free_s:
-                key = outside.popleft()
-                last_entry = max(float(arrivals.arrival_s[key]), free_s.popleft(), last_entry) + profile.handoff_s
-                inside.append((last_entry, key))
             self._shift()
-            while inside and inside[0][0] <= self.now:
-                self._add(inside.popleft()[1], arrivals)
+            queue.hand_over(self.now, inclusive=True)
+            while queue.inside and queue.inside[0][0] <= self.now:
+                entered_s, key = queue.inside.popleft()
+                self.entered_s.append(entered_s)
+                self._add(key, arrivals)
             if self.flight is not None and self.scheduler.must_preempt:
                 unfinished -= self._settle()
             plan = self.scheduler.schedule(self.shifts.level)
             launched = self._launch(plan) if plan.slices else None
             if launched is None and self.flight is None:
-                events = [inside[0][0]] if inside else []
+                events = [queue.next_entry_s]
                 # An idle engine at level 0 has nothing to decide.
                 events += [self.script[0][0]] if self.script and (self.shifts.level or self.shifts.busy) else []
                 self.now = max(self.now, min([*events, self.shifts.next_s]))
+            told = launched is not None or self.flight is not None
             unfinished -= self._settle()
             self.flight = launched
             if not profile.overlap:
                 unfinished -= self._settle()
-            free_s.extend([self.now] * len(plan.started))
+            if told:
+                queue.hand_over(self.now, inclusive=False)
+                for request in plan.started:
+                    del queue.held[request.key]
+                queue.news = EngineNews(self.scheduler.num_running, plan.short_of_blocks)
+                queue.told_s = self.now
             self.scheduler.check_integrity()
 
     def _add(self, key: int, arrivals: Arrivals) -> None:

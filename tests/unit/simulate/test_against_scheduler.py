@@ -16,6 +16,11 @@ REQUESTS = st.lists(
     st.tuples(st.floats(0, 0.2), st.integers(1, 28), st.integers(1, 20)), min_size=1, max_size=25
 )  # fmt: skip
 
+# Several of them fit into one step, and their outputs fill the cache.
+SHORT_REQUESTS = st.lists(
+    st.tuples(st.floats(0, 0.01), st.integers(1, 5), st.integers(8, 20)), min_size=8, max_size=25
+)  # fmt: skip
+
 
 def trace(requests: list[tuple[float, int, int]]) -> Arrivals:
     gaps, prompts, outputs = zip(*requests, strict=True)
@@ -34,6 +39,9 @@ def assert_same_times(engine: SimulatedEngine, reference: Reference, count: int)
     assert engine.unfinished == 0
     assert engine.used == 0
     assert engine.preemptions == reference.scheduler.preemptions
+    # A request leaves the queue when it has come and the one before it is in the engine.
+    left_s = np.maximum(engine.records.arrival_s, [0.0, *reference.entered_s[:-1]])
+    np.testing.assert_allclose([engine.queue.left_s(k) for k in range(count)], left_s, rtol=1e-9)
     np.testing.assert_allclose(engine.records.first_s, [reference.first_s[k] for k in range(count)], rtol=1e-9)
     np.testing.assert_allclose(engine.records.last_s, [reference.last_s[k] for k in range(count)], rtol=1e-9)
 
@@ -47,6 +55,20 @@ def test_first_and_last_tokens_come_when_the_scheduler_makes_them(
     profile = tiny_profile(line=line, seqs=seqs, overlap=overlap)
     arrivals = trace(requests)
     engine, reference = SimulatedEngine(profile, level), Reference(profile, level)
+    simulate(engine, arrivals)
+    reference.run(arrivals)
+    assert_same_times(engine, reference, len(arrivals))
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(requests=SHORT_REQUESTS, seqs=st.integers(4, 8))
+def test_short_prompts_before_a_full_cache_enter_when_the_scheduler_would_let_them(
+    overlap: bool, requests: list[tuple[float, int, int]], seqs: int
+) -> None:
+    profile = tiny_profile(seqs=seqs, overlap=overlap)
+    arrivals = trace(requests)
+    engine, reference = SimulatedEngine(profile), Reference(profile)
     simulate(engine, arrivals)
     reference.run(arrivals)
     assert_same_times(engine, reference, len(arrivals))

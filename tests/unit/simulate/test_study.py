@@ -160,6 +160,11 @@ def test_ablations_take_away_what_they_say() -> None:
     assert same.seconds(2 * LAYERS, 3, 30, 0, 0) == same.seconds(0, 3, 30, 0, 0)
     wrong = replace(profile, costs=profile.mistaken((0.2,))).costs
     assert wrong.seconds(3, 2, 20, 5, 15) == pytest.approx(1.2 * profile.costs.seconds(3, 2, 20, 5, 15))
+    rungs = len(profile.costs.rungs)
+    padded = replace(profile.costs, step_sizes=(8,), padded_s=np.arange(1.0, rungs + 1)[:, None])
+    staircase = replace(profile, costs=padded)
+    assert staircase.without_precision().costs.seconds(2 * LAYERS, 0, 0, 5, 0) == padded.seconds(0, 0, 0, 5, 0)
+    assert staircase.mistaken((0.2,)).seconds(3, 2, 20, 5, 15) == pytest.approx(1.2 * padded.seconds(3, 2, 20, 5, 15))
 
 
 def test_the_simulator_loads_no_tensors() -> None:

@@ -69,13 +69,14 @@ def test_a_padding_row_gives_zeros(splits: int) -> None:
     check([0, 33, 0], 4, 2, 16, splits=splits)
 
 
+@pytest.mark.parametrize("idle", [0, 3])
 @pytest.mark.parametrize("splits", [1, 2])
-def test_decodes_can_be_picked_out_of_a_step(splits: int) -> None:
+def test_decodes_can_be_picked_out_of_a_step_with_idle_places_behind_them(splits: int, idle: int) -> None:
     cache = paged([70, 40, 9], 2, 16, 16, torch.float32)
     starts = [0, 1, 5, 6]  # decode, chunk of four tokens, decode
     q = torch.randn(6, 4, 16, generator=torch.Generator().manual_seed(1))
     out = torch.full((6, 64), 7.0)
-    picks = torch.tensor([[0, 0], [2, 5]], dtype=torch.int32)
+    picks = torch.tensor([[0, 0], [2, 5], *[[0, -1]] * idle], dtype=torch.int32)
 
     decode(
         q,
@@ -84,7 +85,7 @@ def test_decodes_can_be_picked_out_of_a_step(splits: int) -> None:
         cache.tables,
         cache.contexts,
         out,
-        allocate_workspace(2, 4, 16, splits, q.device),
+        allocate_workspace(2 + idle, 4, 16, splits, q.device),
         splits=splits,
         scale=0.25,
         picks=picks,

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernels.cuda.oracle import attention, paged
-from morph_runtime.kernels.cuda.attention_prefill import prefill, prefill_tiles, tile_tokens
+from morph_runtime.kernels.cuda.attention_prefill import most_tiles, prefill, prefill_tiles, tile_tokens
 
 # The interpreter multiplies matrices of bfloat16 as if they were integers; tests/gpu has that type.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3}
@@ -88,6 +90,28 @@ def test_rows_of_sequences_without_tiles_are_left_alone() -> None:
 
     torch.testing.assert_close(out[1:], attention(q, cache, [0, 1, 21], 0.25)[1:], atol=1e-5, rtol=1e-5)
     assert (out[0] == 7).all()
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_places_without_a_tile_read_and_write_nothing(window: int) -> None:
+    cache = paged([40, 50], 2, 16, 16, torch.float32)
+    q = torch.randn(24, 4, 16, generator=torch.Generator().manual_seed(1))
+    out = torch.full((24, 64), 7.0)  # three rows of padding
+    listed = prefill_tiles([(0, 1), (1, 20)], tile_tokens(4, 2, 16, 4))
+    tiles = torch.tensor([*listed, *[(-1, 0)] * 5], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 21], dtype=torch.int32)
+
+    prefill(q, cache.k, cache.v, cache.tables, starts, cache.contexts, tiles, out, scale=0.25, window=window)
+
+    expected = attention(q[:21], cache, [0, 1, 21], 0.25, window)
+    torch.testing.assert_close(out[:21], expected, atol=1e-5, rtol=1e-5)
+    assert (out[21:] == 7).all()
+
+
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=40), st.integers(1, 128))
+def test_a_step_has_no_more_tiles_than_there_are_places_for(lengths: list[int], per_tile: int) -> None:
+    chunks = [(number, length) for number, length in enumerate(lengths) if length > 1]
+    assert len(prefill_tiles(chunks, per_tile)) <= most_tiles(sum(lengths), len(lengths), per_tile)
 
 
 def test_tiles_cover_each_query_once() -> None:
