@@ -29,7 +29,7 @@ def main() -> None:
     """Run all and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800.0)
-    parser.add_argument("--share", type=float, action="append", help="of capacity; may be repeated; default: 0.6 and 1.1")
+    parser.add_argument("--share", type=float, action="append", help="of capacity; default: 0.6 and 1.1")
     options = parser.parse_args()
     quiet_controller()
     rows = []
