@@ -301,6 +301,8 @@ class Service:
         """The engine has ended and another one is started; requests wait for it, the open ones will go on."""
         logging.getLogger(__name__).error("the engine has ended: %s", reason)
         self._up = False
+        # Nobody but the line until the new engine has run a step: who comes meanwhile can time out in Triton's queue.
+        self._admission.stepped((), EngineNews(short_of_blocks=True))
         self._engine_metrics.up(False)
         for request in self._open.all():
             if arrived := sum(output.arrived for output in request.outputs):

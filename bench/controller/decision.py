@@ -2,7 +2,7 @@
 
     python bench/controller/decision.py [--out bench/controller/results/decision.json]
 
-`read` is `LoadReader.read` on a scheduler with so many running requests and two in line; `forecast` compares three
+`read` is `LoadReader.read` on a scheduler with so many running requests and two in line; `forecast` compares four
 futures of each level; `decide` is the controller's whole decision with a forecast in it. CPU time of the process, so
 that a busy machine adds little: the median of many, and the 95th percentile.
 """
@@ -87,8 +87,8 @@ def measure(running: int, pending: int, layers: int, ladder: tuple[str, ...]) ->
     forecaster = Forecaster(costs, controller.classes, BATCH)
     count = costs.max_level + 1
     load, read = make_load(running, pending, count)
-    futures = Futures(np.tile(np.arange(count), 3), np.ones(3 * count), np.repeat([False, True, True], count),
-                      np.full(3 * count, 0.7))  # fmt: skip
+    futures = Futures(np.tile(np.arange(count), 4), np.ones(4 * count), np.repeat([False, True, True, True], count),
+                      np.full(4 * count, 0.7))  # fmt: skip
     ticks = iter(range(1_000_000))
     row: dict[str, float] = {"running": running, "pending": pending, "levels": count}
     calls: dict[str, Callable[[], object]] = {

@@ -137,7 +137,8 @@ class Workers:
 
 
 async def _stream(client: AsyncMorphClient, prompt: str, output: int) -> dict[str, Any]:
-    sampling = SamplingParams(max_tokens=output, min_tokens=output, ignore_eos=True, temperature=0.0)
+    # No min_tokens: it would ban tokens, and on a GPU such rows are sampled on the host.
+    sampling = SamplingParams(max_tokens=output, ignore_eos=True, temperature=0.0)
     sent, arrivals = time.monotonic(), []
     async with client.stream(prompt, sampling=sampling) as chunks:
         async for chunk in chunks:

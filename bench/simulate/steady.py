@@ -29,13 +29,14 @@ def main() -> None:
     """Run all and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=1800.0)
+    parser.add_argument("--share", type=float, action="append", help="of capacity; default: 0.6 and 1.1")
     options = parser.parse_args()
     quiet_controller()
     rows = []
     for name, prompt, output in LOADS:
         profile = read_profile(HERE / f"profiles/{name}.json")
         most = capacity(profile, prompt, output)
-        for share in (0.6, 1.1):
+        for share in options.share or (0.6, 1.1):
             policy = Policy("balanced", None, MorphSettings(ladder=("w8", "w4")), SignalPath(delay_s=0.2))
             began = time.process_time()
             result = simulate(profile, steady(share * most, options.seconds, prompt, output, seed=1), policy)
@@ -50,7 +51,8 @@ def main() -> None:
                 f"{row['cpu_s']:.1f} s CPU",
                 flush=True,
             )
-    (HERE / "results/steady.json").write_text(json.dumps(rows, indent=1) + "\n")
+    if not options.share:
+        (HERE / "results/steady.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def capacity(profile: EngineProfile, prompt: int, output: int) -> float:

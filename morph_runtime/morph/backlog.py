@@ -50,6 +50,7 @@ class Backlog:
         prompt: mean tokens to compute of a request that is not begun.
         reach: mean number of tokens that one of these attends to.
         output: mean tokens that a request will generate.
+        own: blocks that one takes when it is admitted, as far as it does not share them.
         sample: requests whose TTFT counts.
     """
 
@@ -61,6 +62,7 @@ class Backlog:
     prompt: float
     reach: float
     output: float
+    own: float
     sample: Sample
 
 
@@ -73,8 +75,7 @@ def backlog_of(load: Load) -> Backlog:
     attended = np.concatenate([running.context[under_way], waiting.cached]) + compute / 2
     take = np.concatenate([np.zeros(len(under_way)), waiting.blocks])
     prompt = max(typical.prompt - typical.cached, 1.0)
-    own = -(-typical.prompt // load.block_tokens)  # blocks at its admission, as far as it does not share them
-    shared = typical.cached // load.block_tokens
+    own = max(-(-typical.prompt // load.block_tokens) - typical.cached // load.block_tokens, 1.0)
     seen, pending = len(compute), float(load.pending)
     length = seen + pending
     steps = np.array([pending, ENDLESS])
@@ -87,12 +88,13 @@ def backlog_of(load: Load) -> Backlog:
     return Backlog(
         place=np.concatenate([np.arange(seen + 1.0), seen + np.cumsum(steps)]),
         tokens=np.cumsum(np.concatenate([[0.0], compute, steps * prompt])),
-        blocks=np.cumsum(np.concatenate([[0.0], take, steps * max(own - shared, 1.0)])),
+        blocks=np.cumsum(np.concatenate([[0.0], take, steps * own])),
         begun=len(under_way),
         length=length,
         prompt=entering / (lined + 1.0),
         reach=pairs / total,
         output=max(output, 1.0),
+        own=own,
         sample=_sample(load, under_way, seen, pending),
     )
 

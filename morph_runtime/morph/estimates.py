@@ -15,7 +15,7 @@ KEPT = 256
 """Ended requests whose lengths are remembered."""
 UNKNOWN = 200
 """Tokens that a request is taken to generate, unless it may not, before any has ended."""
-FAST_S, SLOW_S = 3.0, 20.0
+FAST_S, SLOW_S = 1.5, 20.0
 """Time constants of the two arrival rates."""
 HISTORY = 1024
 """Readings of the outer queue that are remembered."""

@@ -32,7 +32,7 @@ class Futures:
     Attributes:
         levels: int64 [C], the level that is gone to.
         more: float64 [C], factor on the arrivals; above 1 where the forecast is to be on the safe side.
-        lasting: bool [C], whether the higher of the two arrival rates lasts, else a burst falls back to the mean.
+        lasting: bool [C], whether the present arrival rate lasts, else a burst falls back to the mean.
         bound: float64 [C], share of each target that counts as meeting it.
     """
 
@@ -138,9 +138,10 @@ class _Run:
     def _arrivals(self, times: Floats) -> Floats:
         """Requests that have come by each time, float64 [T, C]."""
         load, futures = self._load, self._futures
+        # A rate above the mean is a burst, which may pass; one below it is a burst that has passed.
         fast, slow = load.arrivals_per_s, load.mean_arrivals_per_s or load.arrivals_per_s
-        lasting = np.where(futures.lasting, max(fast, slow), slow)
-        passing = np.where(futures.lasting, 0.0, fast - slow)
+        lasting = np.where(futures.lasting, fast, min(fast, slow))
+        passing = np.where(futures.lasting, 0.0, max(fast - slow, 0.0))
         faded = BURST_S * (1 - np.exp(-times / BURST_S))
         came: Floats = (times[:, None] * lasting + faded[:, None] * passing) * futures.more
         return came
@@ -161,22 +162,29 @@ class _Run:
         attends = line.reach * (chunk * costs.pair_s + costs.chunk_s)
         full_s = (maker.full_s[row + decodes + chunk] + decodes * costs.row_s + reads + attends) * load.slowness
         bare_s = (maker.bare_s[row + decodes] + reads) * load.slowness
-        full = np.minimum(seconds / full_s, (self._available_tokens[at + 1] - self._tokens) / chunk)
+        most = np.minimum(seconds / full_s, (self._available_tokens[at + 1] - self._tokens) / chunk)
         # What does not fit is preempted and computed again: decodes get on as far as blocks do.
         pace = np.minimum(1.0, capacity / np.maximum(self._used, 1.0))
-        steps = (full + (seconds - full * full_s) / bare_s) * pace
 
-        # Who is still there at the end of it, and who has got in meanwhile.
-        there, blocks, context = self._still_there(at, self._steps + steps)
-        turnover = np.maximum(1.0, steps / line.output)
-        room = np.maximum(capacity - blocks, 0.0) * turnover
+        # Prefill leaves fewer steps, so fewer requests end and make room for prefill. Both are known with no prefill
+        # and with the most of it; between the two, a straight line meets what room allows with what it needs.
+        ends = np.stack([seconds / bare_s, most + (seconds - most * full_s) / bare_s]) * pace
+        there, blocks, context = self._still_there(at, self._steps + ends)
+        turnover = np.maximum(1.0, ends / line.output)
+        # While it is there a request grows: the room that it takes is its mean over that time.
+        grown = 1.0 + np.minimum(ends, line.output) / (2 * size * line.own)
+        room = np.maximum(capacity - blocks, 0.0) * turnover / grown
         seats = np.maximum(load.max_running - there, 0.0) * turnover
         place = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), self._place + seats)
-        place = np.minimum(place, np.interp(self._tokens + full * chunk, line.tokens, line.place))
+        fits = (np.interp(place, line.place, line.tokens) - self._tokens) / chunk
+        full = fits[0] * most / np.maximum(most + np.maximum(fits[0] - fits[1], 0.0), 1e-9)
+        place = np.interp(self._tokens + np.minimum(full, most) * chunk, line.tokens, line.place)
         place = np.maximum(np.minimum(place, self._available[at + 1]), self._place)
         tokens, taken = np.interp(place, line.place, line.tokens), np.interp(place, line.place, line.blocks)
         full = (tokens - self._tokens) / chunk
         steps = (full + (seconds - full * full_s) / bare_s) * pace
+        part = np.minimum(full / np.maximum(most, 1e-9), 1.0)
+        there, blocks, context = (none + part * (all_ - none) for none, all_ in (there, blocks, context))
 
         fresh = np.maximum(place, line.begun) - np.maximum(self._place, line.begun)
         cohort = self._cohorts[:, at]
@@ -197,7 +205,15 @@ class _Run:
             self._own_s = (maker.full_s[row + decodes + alone] + reads) * steps_alone * load.slowness
 
     def _still_there(self, at: int, steps: Floats) -> tuple[Floats, Floats, Floats]:
-        """Requests, blocks and tokens in the cache of those admitted before interval `at`, after so many steps."""
+        """Requests, blocks and tokens in the cache of those admitted before interval `at`, after so many steps.
+
+        Args:
+            at: the interval.
+            steps: float64 [E, C], since now; each row is another way in which it may go.
+
+        Returns:
+            three times float64 [E, C].
+        """
         size, output = self._load.block_tokens, self._line.output
         gone = np.searchsorted(self._ends, steps, side="right")
         there = self._left[gone]
@@ -205,9 +221,10 @@ class _Run:
         context = self._left_context[gone] + there * steps
         if at:
             number, began, ended = self._cohorts[0, :at], self._cohorts[3, :at], self._cohorts[4, :at]
-            alive = np.minimum(np.maximum((ended + output - steps) / (ended - began + 1e-9), 0.0), 1.0)
-            held, took, tokens = (self._cohorts[:3, :at] * alive).sum(axis=1)
-            written = (np.minimum(steps - (began + ended) / 2, output) * number * alive).sum(axis=0)
+            since = steps[:, None]
+            alive = np.minimum(np.maximum((ended + output - since) / (ended - began + 1e-9), 0.0), 1.0)
+            held, took, tokens = (self._cohorts[:3, None, :at] * alive).sum(axis=2)
+            written = (np.minimum(since - (began + ended) / 2, output) * number * alive).sum(axis=1)
             there = there + held
             blocks = blocks + took + written / size
             context = context + tokens + written

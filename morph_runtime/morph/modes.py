@@ -15,6 +15,8 @@ class ModeTargets:
     Attributes:
         bound: share of each SLO that a forecast may take and still count as meeting it.
         safe_bound: the same for the level that is gone to, deeper or milder, once one is gone to.
+        goal_more: factor on the arrivals for which a deeper level must hold to be gone to: more than are seen, so that
+            one step suffices while a burst still grows.
         safe_more: factor on the arrivals for which a milder level must hold to be gone back to.
         slack: share of the attainable gain that is given up for a milder level, where no level meets the SLOs.
         persist_s: seconds for which the present level must have been too mild before a down-shift.
@@ -26,6 +28,7 @@ class ModeTargets:
 
     bound: float
     safe_bound: float
+    goal_more: float
     safe_more: float
     slack: float
     persist_s: float
@@ -36,10 +39,10 @@ class ModeTargets:
 
 
 MODE_TARGETS: Mapping[str, ModeTargets] = {
-    "accuracy": ModeTargets(1.0, 0.8, 1.1, 0.3, 0.5, 0.5, 0.02, 1.0, 1.0),
-    "balanced": ModeTargets(0.7, 0.5, 1.15, 0.1, 0.2, 1.0, 0.05, 0.5, 0.3),
-    "performance": ModeTargets(0.4, 0.25, 1.3, 0.02, 0.1, 1.0, 0.15, 0.0, 0.1),
-    "off": ModeTargets(1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "accuracy": ModeTargets(1.0, 0.8, 1.1, 1.1, 0.3, 0.5, 0.5, 0.02, 1.0, 1.0),
+    "balanced": ModeTargets(0.7, 0.5, 1.3, 1.15, 0.1, 0.0, 1.0, 0.05, 0.5, 0.3),
+    "performance": ModeTargets(0.4, 0.25, 1.5, 1.3, 0.02, 0.0, 1.0, 0.15, 0.0, 0.1),
+    "off": ModeTargets(1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
 
 

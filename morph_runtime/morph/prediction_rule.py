@@ -1,9 +1,11 @@
 """The rule with a cost model: the least degradation whose forecast meets the SLOs.
 
-Down: if the present level is not forecast to meet them, the mildest one that is. If none is, the mildest one that has
-nearly all of what can be gained, and none at all if nothing can. Up: a milder level must be forecast to meet them
-with a margin, for more requests than come, throughout a dwell time, and live KV must fit it. A step down soon after a
-step up was a mistake: the margin grows with each, and shrinks with time.
+Down: if the present level is not forecast to meet them, the mildest one that is, with a margin, for more requests than
+come. If none is, the mildest one that has nearly all of what can be gained, and none at all if nothing can. While
+nothing waits and blocks suffice, a burst is expected to pass; once that has ended it is expected to last, for a level
+that is gone to late has a backlog to serve that no level serves at once. Up: a milder level must be forecast to meet
+them with the same margin, throughout a dwell time, and live KV must fit it. A step down soon after a step up was a
+mistake: the margin grows with each, and shrinks with time.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import numpy as np
 
 from morph_runtime.config import MorphSettings
 from morph_runtime.engine.messages import Considered
+from morph_runtime.morph.estimates import FAST_S
 from morph_runtime.morph.forecast import Forecast, Forecaster, Futures
 from morph_runtime.morph.load import Floats, Load
 from morph_runtime.morph.modes import Choice, ModeTargets
@@ -34,6 +37,12 @@ REGRET_S, CAUTION, MOST_CAUTION, FORGET_S = 30.0, 0.25, 1.0, 90.0
 PART_WAY, SETTLED_S = 3.0, 61.0
 """Dwell times for an up-shift that does not reach level 0, and the least time since the last down-shift: a load that
 stays moves about, and to follow it would turn the level back and forth."""
+
+BURST = 3.0
+"""Standard deviations by which the arrival rate must exceed its mean to be a burst beyond doubt."""
+
+View = tuple[float, bool, float]
+"""A factor on the arrivals, whether a burst lasts, and the share of each target that counts as meeting it."""
 
 
 class PredictionRule:
@@ -65,11 +74,13 @@ class PredictionRule:
         same = self._holds >= SAME and self._late_since is None
         self.pause_s = CALM_S if calm or same else LOOK_S
         self._next_s = load.now_s + self.pause_s
-        here, lasting, safe = self._forecasts(load, mode, deepest)
-        choice = self._weigh(load, mode, deepest, here, lasting, safe)
+        choice = self._weigh(load, mode, deepest)
         holds = choice.target == load.level and choice.reason == self._last_reason
         self._holds = self._holds + 1 if holds else 0
         self._last_reason = choice.reason
+        if choice.reason == "persistence":  # it is looked at again soon
+            self.pause_s = min(self.pause_s, LOOK_S)
+            self._next_s = load.now_s + self.pause_s
         if choice.target > load.level:
             if load.now_s - self._last_up_s < REGRET_S:
                 self._caution = min(MOST_CAUTION, self._faded(load.now_s) + CAUTION)
@@ -80,26 +91,39 @@ class PredictionRule:
             self._last_up_s = load.now_s
         return choice
 
-    def _forecasts(self, load: Load, mode: ModeTargets, deepest: int) -> list[Forecast]:
-        """What comes of each level if a burst passes, if it lasts, and, on the safe side, if more than that comes."""
+    def _forecasts(self, load: Load, deepest: int, *views: View) -> list[Forecast]:
+        """What comes of each level, in each of the views."""
         count = deepest + 1
-        futures = Futures(
-            np.tile(np.arange(count), 3),
-            np.repeat([1.0, 1.0, mode.safe_more + self._faded(load.now_s)], count),
-            np.repeat([False, True, True], count),
-            np.repeat([mode.bound, mode.safe_bound, mode.safe_bound], count),
-        )
+        more, lasting, bound = zip(*views, strict=True)
+        levels = np.tile(np.arange(count), len(views))
+        futures = Futures(levels, np.repeat(more, count), np.repeat(lasting, count), np.repeat(bound, count))
         forecast = self._forecaster.forecast(load, futures)
-        return [forecast.part(first, first + count) for first in range(0, 3 * count, count)]
+        return [forecast.part(first, first + count) for first in range(0, len(levels), count)]
 
-    def _weigh(
-        self, load: Load, mode: ModeTargets, deepest: int, here: Forecast, lasting: Forecast, safe: Forecast
-    ) -> Choice:
-        def choice(target: int, reason: str) -> Choice:
-            return _choice(target, reason, here, load.level, deepest)
-
-        level, score = load.level, here.score
+    def _weigh(self, load: Load, mode: ModeTargets, deepest: int) -> Choice:
+        # Arrivals are counted over a few seconds, so a steady load looks like more or less than it is by `doubt`, a
+        # standard deviation. A rate far above the mean is a burst; of one near it, no more is believed than is sure.
+        fast, mean = max(load.arrivals_per_s, 1e-9), load.mean_arrivals_per_s
+        doubt = 1 / math.sqrt(max(1.0, 2 * FAST_S * fast))
+        burst = fast - mean > BURST * math.sqrt(mean / (2 * FAST_S))
+        sure = 1.0 if burst else max(1 - doubt, min(1.0, mean / fast))
+        caution = self._faded(load.now_s)
+        goal_more, safe_more = ((more + caution) * (1 + doubt) for more in (mode.goal_more, mode.safe_more))
+        strained = load.backlog > 0 or load.demand > load.capacities[load.level]
+        passes, aim = (1.0, False, mode.bound), (goal_more, True, mode.safe_bound)
+        lasts, safely = (sure, True, mode.safe_bound), (safe_more, True, mode.safe_bound)
+        # Most of a forecast's time is not for its views, but what is not needed is left out.
+        views = [passes, *([lasts, aim] if strained else []), *([safely] if load.level else [])]
+        found = self._forecasts(load, deepest, *views)
+        here, lasting, safe = found[0], found[1 if strained else 0], found[-1]
+        level = load.level
         up, fit = self._way_back(load, mode, safe)
+        view = lasting if lasting.score[level] > here.score[level] else here
+        score = view.score
+
+        def choice(target: int, reason: str) -> Choice:
+            return _choice(target, reason, view, level, deepest, met=bool(here.score.min() <= MET))
+
         best = float(score.min())
         met = bool(score[level] <= MET)
         least_gain = max(LEAST_SCORE if level else MET, LEAST_GAIN * float(score[level]))
@@ -113,10 +137,11 @@ class PredictionRule:
         self._late_since = load.now_s if self._late_since is None else self._late_since
         if load.now_s - self._late_since < mode.persist_s:
             return choice(level, "persistence")
-        # Where to is chosen as if the burst lasted: one step that suffices, and not one after the other.
-        least = float(lasting.score.min())
-        enough = max(MET, least + mode.slack * max(0.0, float(lasting.score[level]) - least))
-        target = int(np.flatnonzero(lasting.score <= enough)[0])
+        # Where to is chosen on the safe side: one step that suffices, and not one after the other.
+        goal = found[2] if strained else self._forecasts(load, deepest, aim)[0]
+        least = float(goal.score.min())
+        enough = max(MET, least + mode.slack * max(0.0, float(goal.score[level]) - least))
+        target = int(np.flatnonzero(goal.score <= enough)[0])
         if target == level:
             return choice(level, "no_gain")
         if target < level:
@@ -148,7 +173,7 @@ class PredictionRule:
         return self._caution * math.exp(-(now_s - self._caution_s) / FORGET_S)
 
 
-def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: int) -> Choice:
+def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: int, met: bool) -> Choice:
     """With what was forecast of full precision, the present level, the target, the best level and the deepest."""
     shown = sorted({0, level, target, int(forecast.score.argmin()), deepest})
     considered = [
@@ -158,4 +183,4 @@ def _choice(target: int, reason: str, forecast: Forecast, level: int, deepest: i
         )
         for k in shown
     ]  # fmt: skip
-    return Choice(target, reason, considered, met=bool(forecast.score.min() <= MET))
+    return Choice(target, reason, considered, met)

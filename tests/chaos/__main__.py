@@ -37,7 +37,11 @@ def main() -> int:
         clock=given.clock,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
-        report = storm.storm(weather, Path(folder))
+        try:
+            report = storm.storm(weather, Path(folder))
+        except BaseException:  # such as a server that has died: its last words would go with the folder
+            print((Path(folder) / "launcher.log").read_text()[-8000:], flush=True)
+            raise
         print(*report.lines(), sep="\n", flush=True)
         if not report.good:
             print((Path(folder) / "launcher.log").read_text()[-4000:])

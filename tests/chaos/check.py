@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from morph_runtime.engine.kept import POISON
+from tests.chaos.descriptors import open_descriptors
 from tests.chaos.plan import PROMPTS, Ask, samplings
 from tests.chaos.replay import NEAR_TIE, Replayer
 from tests.chaos.streams import Seen
@@ -118,12 +120,16 @@ def _name(seen: Seen) -> str:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the server holds of the machine: by process threads, descriptors and resident MiB; and shared memory."""
+    """What the server holds of the machine: by process threads, descriptors and resident MiB; and shared memory.
+
+    `open_kinds` says what the descriptors are.
+    """
 
     threads: dict[str, int]
     descriptors: dict[str, int]
     resident_mib: dict[str, int]
     shared: int
+    open_kinds: dict[str, Counter[str]] = field(repr=False)
 
 
 def processes(server: TritonServer) -> dict[str, int]:
@@ -145,12 +151,14 @@ def footprint(server: TritonServer) -> Footprint:
     """The present one."""
     pids = processes(server)
     threads = {name: len(os.listdir(f"/proc/{pid}/task")) for name, pid in pids.items()}
-    descriptors = {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in pids.items()}
+    ports = {server.http: "HTTP", server.grpc: "gRPC", server.metrics: "metrics"}
+    kinds = {name: open_descriptors(pid, ports) for name, pid in pids.items()}
     page_mib = os.sysconf("SC_PAGE_SIZE") / 2**20
     resident = {
         name: round(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page_mib) for name, pid in pids.items()
     }
-    return Footprint(threads, descriptors, resident, len(server.shared_memory()))
+    descriptors = {name: kinds[name].total() for name in pids}
+    return Footprint(threads, descriptors, resident, len(server.shared_memory()), kinds)
 
 
 def wait_idle(server: TritonServer) -> None:

@@ -12,16 +12,18 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds. Memory in MB (10^6 bytes): resident, and of it what belongs to no file."""
+    """What a process holds. Memory in MB (10^6 bytes): resident, of it what belongs to no file, and what its allocator
+    counts as in use (None: not asked)."""
 
     at_s: float
     resident: float
     anonymous: float
     threads: int
     descriptors: int
+    in_use: float | None = None
 
 
-def sample(pid: int, at_s: float) -> Sample:
+def sample(pid: int, at_s: float, in_use: float | None = None) -> Sample:
     """Of one process, now."""
     fields = {}
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -29,7 +31,8 @@ def sample(pid: int, at_s: float) -> Sample:
         fields[name] = value.split()
     kib = {name: int(fields[name][0]) for name in ("VmRSS", "RssAnon")}
     descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-    return Sample(at_s, kib["VmRSS"] * 1.024e-3, kib["RssAnon"] * 1.024e-3, int(fields["Threads"][0]), descriptors)
+    resident, anonymous = kib["VmRSS"] * 1.024e-3, kib["RssAnon"] * 1.024e-3
+    return Sample(at_s, resident, anonymous, int(fields["Threads"][0]), descriptors, in_use)
 
 
 def slope_per_hour(times_s: Sequence[float], values: Sequence[float]) -> float:

@@ -4,6 +4,9 @@ Two servers get the same requests: the product, and Triton with a model that onl
 follow a Poisson process at a share of the measured capacity, with a burst in each minute, so that layers shift.
 Every few minutes the load pauses; once everything is idle, memory, threads and descriptors are sampled, so that all
 samples are of the same state. tritonserver's own growth is judged against that of the echo server.
+
+With `--heap` it is told what of each process's memory is in use (`heap.py`): this must not grow, neither in a shorter
+run, and needs no echo server beside it (`--alone`).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "triton")]
 
 from tests.chaos import check, plan, storm, streams  # noqa: E402 - the test helpers must be found first
+from tests.chaos.heap import HeapProbe  # noqa: E402
 from tests.chaos.slopes import Sample, sample, slope_per_hour  # noqa: E402
 from triton_server import TritonServer, real_repository  # noqa: E402
 
@@ -49,6 +53,8 @@ class Course:
         warm_up: minutes whose samples do not count.
         load: share of capacity.
         calm_every_s: seconds of load between samples.
+        heap: whether samples tell what is in use.
+        alone: whether the echo server is left out.
     """
 
     seed: int
@@ -56,6 +62,8 @@ class Course:
     warm_up: float
     load: float
     calm_every_s: float
+    heap: bool = False
+    alone: bool = False
 
 
 class Crowd:
@@ -136,9 +144,9 @@ class Findings:
         for name, samples in self.samples.items():
             late = [at for at in samples if at.at_s >= self.course.warm_up * 60] or samples[-2:]
             times = [at.at_s for at in late]
+            kinds = ("resident", "anonymous", "in_use") if self.course.heap else ("resident", "anonymous")
             found[name] = {
-                what: round(slope_per_hour(times, [getattr(at, what) for at in late]), 2)
-                for what in ("resident", "anonymous")
+                what: round(slope_per_hour(times, [getattr(at, what) for at in late]), 2) for what in kinds
             } | {
                 f"{what}_spread": max(getattr(at, what) for at in late) - min(getattr(at, what) for at in late)
                 for what in ("threads", "descriptors")
@@ -148,8 +156,11 @@ class Findings:
     def judge(self) -> None:
         """Add what is over the bar to the complaints."""
         slopes = self.slopes()
-        growth = {name: slopes[name]["resident"] for name in ("stub", "engine")}
-        growth["server, beyond the echo server"] = slopes["server"]["resident"] - slopes["echo server"]["resident"]
+        kind = "in_use" if self.course.heap else "resident"
+        growth = {name: slopes[name][kind] for name in ("stub", "engine", "server")}
+        if "echo server" in slopes:
+            beyond = growth.pop("server") - slopes["echo server"][kind]
+            growth["server, beyond the echo server"] = beyond
         for name, per_hour in growth.items():
             if per_hour > MOST_PER_HOUR:
                 self.complaints.append(f"{name} grows by {per_hour:.2f} MB/h")
@@ -175,12 +186,21 @@ def soak(course: Course, folder: Path) -> Findings:
     (folder / "product").mkdir()
     (folder / "echo").mkdir()
     settings = {"MORPH_MAX_NUM_SEQS": str(SEQUENCES), "MORPH_KV_TOKENS": "2048", "MORPH_MODE": "performance"}
-    product = TritonServer(folder / "product", settings)
-    echo = TritonServer(folder / "echo", {"MORPH_MODEL_REPOSITORY": str(_echo_repository(folder / "repository"))})
+    probe = None
+    if course.heap:
+        (folder / "heap").mkdir()
+        probe = HeapProbe(folder / "heap")
+        settings |= probe.environment
+    servers = {"product": TritonServer(folder / "product", settings)}
+    product = servers["product"]
+    if not course.alone:
+        repository = {"MORPH_MODEL_REPOSITORY": str(_echo_repository(folder / "repository"))}
+        servers["echo"] = TritonServer(folder / "echo", (probe.environment if probe else {}) | repository)
     try:
-        product.wait_ready(180).wait_metrics(30)
-        echo.wait_ready(180)
-        _run(found, product, echo)
+        for server in servers.values():
+            server.wait_ready(180)
+        product.wait_metrics(30)
+        _run(found, servers, probe)
         if product.metric("morph_engine_restarts_total") or product.metric("morph_backend_errors_total"):
             found.complaints.append(f"restarts or defects: {product.output()[-2000:]}")
         found.shifts = int(product.metric("morph_shifts_total"))
@@ -188,8 +208,8 @@ def soak(course: Course, folder: Path) -> Findings:
             found.complaints.append(f"exit status {product.process.returncode}")
         found.judge()
     finally:
-        echo.stop()
-        product.stop()
+        for server in servers.values():
+            server.stop()
     return found
 
 
@@ -199,15 +219,15 @@ def _echo_repository(folder: Path) -> Path:
     return folder
 
 
-def _run(found: Findings, product: TritonServer, echo: TritonServer) -> None:
+def _run(found: Findings, servers: dict[str, TritonServer], probe: HeapProbe | None) -> None:
     course = found.course
     asks = plan.asks(course.seed, MAX_TOKENS)
-    crowds = {"product": Crowd(product, CLIENTS), "echo": Crowd(echo, CLIENTS)}
+    crowds = {name: Crowd(server, CLIENTS) for name, server in servers.items()}
     began = time.monotonic()
     found.capacity = _capacity(crowds, asks, 20.0 if course.minutes > 5 else 6.0)
     dice = random.Random(f"soak {course.seed}")
     while True:
-        _calm(found, crowds, product, echo, began)
+        _calm(found, crowds, servers, probe, began)
         left_s = course.minutes * 60 - (time.monotonic() - began)
         if left_s <= 0:
             break
@@ -249,20 +269,24 @@ def _load(
             crowd.take(ask)
 
 
-def _calm(found: Findings, crowds: dict[str, Crowd], product: TritonServer, echo: TritonServer, began: float) -> None:
+def _calm(
+    found: Findings, crowds: dict[str, Crowd], servers: dict[str, TritonServer], probe: HeapProbe | None, began: float
+) -> None:
     """Wait until nothing is open anywhere, and take a sample of each process."""
     for crowd in crowds.values():
         crowd.wait()
-    check.wait_idle(product)
+    check.wait_idle(servers["product"])
     time.sleep(1.0)  # closed connections and ended threads take a moment to be gone
     at_s = time.monotonic() - began
-    pids = check.processes(product)
-    pids |= {f"echo {name}": pid for name, pid in check.processes(echo).items()}
+    pids = check.processes(servers["product"])
+    if "echo" in servers:
+        pids |= {f"echo {name}": pid for name, pid in check.processes(servers["echo"]).items()}
     line = []
     for name, pid in sorted(pids.items()):
-        taken = sample(pid, at_s)
+        taken = sample(pid, at_s, probe.in_use_mb(pid) if probe else None)
         found.samples[name].append(taken)
-        line.append(f"{name} {taken.resident:.1f} MB {taken.threads} threads {taken.descriptors} fds")
+        heap = f" {taken.in_use:.2f} in use" if taken.in_use is not None else ""
+        line.append(f"{name} {taken.resident:.1f} MB{heap} {taken.threads} threads {taken.descriptors} fds")
     counts = crowds["product"].counts
     print(f"{at_s:6.0f} s, {counts['ended'] + counts['left']} requests: {', '.join(line)}", flush=True)
 
@@ -275,11 +299,13 @@ def main() -> int:
     parser.add_argument("--warm-up", type=float, default=30.0, help="minutes whose samples do not count")
     parser.add_argument("--load", type=float, default=0.7, help="share of the measured capacity")
     parser.add_argument("--calm-every", type=float, default=150.0, help="seconds of load between samples")
+    parser.add_argument("--heap", action="store_true", help="judge what is in use; needs a C compiler")
+    parser.add_argument("--alone", action="store_true", help="without the echo server")
     parser.add_argument("--json", type=Path, help="write the figures there")
     given = parser.parse_args()
     seed = storm.any_seed() if given.seed is None else given.seed
     print(f"seed {seed}", flush=True)
-    course = Course(seed, given.minutes, given.warm_up, given.load, given.calm_every)
+    course = Course(seed, given.minutes, given.warm_up, given.load, given.calm_every, given.heap, given.alone)
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         found = soak(course, Path(folder))
     answer = found.as_json()

@@ -85,6 +85,13 @@ def test_the_forecast_is_near_what_comes_of_it(pending: int) -> None:
     assert found == pytest.approx(max(j.first_s for j in jobs), rel=0.4, abs=0.08)
 
 
+def test_a_burst_that_has_passed_is_not_expected_back() -> None:
+    """After a burst the mean of many seconds is far above what comes now."""
+    quiet = load(0, 3.0)
+    after = dataclasses.replace(quiet, mean_arrivals_per_s=20.0)
+    np.testing.assert_array_equal(forecast(after).ttft_s, forecast(quiet).ttft_s)
+
+
 def test_the_time_of_the_shift_itself_counts() -> None:
     reading = load(60, 8.0)
     quick = Forecaster(make_costs(), [SloClass("", 2.0)], 512)
@@ -170,12 +177,43 @@ def test_it_always_returns_to_full_precision(seed: int, height: float, seconds: 
 def test_the_least_level_that_suffices_is_taken() -> None:
     costs = make_costs()
     levels = []
-    for pending in (0, 20, 30):
+    for pending in (0, 15, 20):
         subject = Controller(MorphSettings(), costs.max_level, costs, 512)
         levels.append(
             max(subject.decide(dataclasses.replace(load(pending, 4.0), now_s=0.1 * tick)) for tick in range(8))
         )
     assert levels[0] == 0 < levels[1] < levels[2]
+
+
+def gone_to(mode: str, rate: float, mean: float, pending: int = 2, used: int = 190, seconds: float = 0.8) -> int:
+    """The deepest level of so long a time under one reading; `rate` and `mean` in requests per second."""
+    costs = make_costs()
+    subject = Controller(MorphSettings(mode=mode), costs.max_level, costs, 512)
+    reading = dataclasses.replace(load(pending, rate, used=used), mean_arrivals_per_s=mean)
+    return max(subject.decide(dataclasses.replace(reading, now_s=0.1 * tick)) for tick in range(round(10 * seconds)))
+
+
+def test_a_burst_that_begins_to_wait_is_not_waited_out() -> None:
+    """Its requests would still be served in time if it passed, but not if it lasts: two wait, blocks are short."""
+    reading = dataclasses.replace(load(2, 14.0, used=190), mean_arrivals_per_s=3.0)
+    assert forecast(reading).score[0] == 0
+    assert gone_to("balanced", 14.0, 3.0, seconds=0.1) > 0
+
+
+def test_the_same_rate_is_let_be_while_nothing_waits_and_blocks_suffice() -> None:
+    assert gone_to("performance", 14.0, 3.0, pending=0, used=20) == 0
+
+
+def test_what_may_be_noise_of_a_steady_load_is_not_believed() -> None:
+    """Two standard deviations above the mean of a load that level 0 serves, and the same rate out of a calm."""
+    rate, mean = 12.5, 9.0
+    assert gone_to("balanced", rate, mean) == 0 < gone_to("balanced", rate, mean / 3)
+
+
+def test_a_mode_that_cares_more_for_latency_goes_earlier_and_deeper() -> None:
+    reached = [gone_to(mode, 14.0, 3.0) for mode in ("accuracy", "balanced", "performance")]
+    assert 0 < reached[0] < reached[1] < reached[2]
+    assert gone_to("accuracy", 14.0, 3.0, seconds=0.4) == 0 < gone_to("balanced", 14.0, 3.0, seconds=0.4)
 
 
 def test_each_class_is_held_to_its_own_target() -> None:

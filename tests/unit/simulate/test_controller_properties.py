@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 
 from morph_runtime.config import MorphSettings
+from morph_runtime.morph.forecast import Forecaster, Futures
+from morph_runtime.morph.load import Load, Outer, Typical
 from morph_runtime.simulate.arrivals import Arrivals, steady
 from morph_runtime.simulate.engine_profile import EngineProfile, read_profile
 from morph_runtime.simulate.pilot import SignalPath
 from morph_runtime.simulate.result import Result
 from morph_runtime.simulate.scenario import Policy, simulate
+from morph_runtime.slo import SloClass
 
 PROFILES = Path(__file__).resolve().parents[3] / "bench" / "simulate" / "profiles"
 LATE = SignalPath(delay_s=0.2)
@@ -64,6 +67,23 @@ def returned_s(result: Result) -> float:
     return np.inf if level else max(0.0, result.changes[-1][0] - result.idle_s) if result.changes else 0.0
 
 
+@pytest.mark.parametrize("rung", ["full", "w8", "w4"])
+@pytest.mark.parametrize("count", [100, 300])
+def test_a_queue_that_waits_for_blocks_is_forecast_to_take_as_long_as_it_takes(
+    rung: str, count: int, kv_bound: EngineProfile
+) -> None:
+    """At each rung, or one would be preferred to another for the forecast's own error."""
+    level, ones = kv_bound.level_of(rung), np.ones(count, dtype=np.int64)
+    rush = simulate(kv_bound, Arrivals(np.zeros(count), 512 * ones, 256 * ones), Policy(rung, level))
+    waits = Load(
+        now_s=0.0, level=level, capacities=kv_bound.capacities, used=0, head_fits=True, block_tokens=16,
+        max_running=256, max_batched_tokens=2048, typical=Typical(512, 0, 256, 48, 2.0), outer=Outer(count),
+    )  # fmt: skip
+    futures = Futures(np.array([level]), np.ones(1), np.zeros(1, dtype=np.bool_), np.ones(1))
+    found = Forecaster(kv_bound.costs, [SloClass("", 2.0, None)], 2048).forecast(waits, futures)
+    assert float(found.ttft_s[0]) == pytest.approx(float(rush.ttft_s.max()), rel=0.3)
+
+
 @pytest.mark.parametrize("error", [(0.0,), *WRONG], ids=str)
 def test_a_steady_load_at_60_percent_of_kv_capacity_moves_nothing(
     error: tuple[float, ...], kv_bound: EngineProfile
@@ -95,6 +115,19 @@ def test_after_a_burst_level_0_is_back_within_ten_seconds(mode: str, kv_bound: E
     result = simulate(kv_bound, load, morphing(mode))
     assert result.changes
     assert returned_s(result) <= 10.0
+
+
+def test_after_a_high_burst_full_precision_is_back_while_the_calm_still_has_requests(
+    compute_bound: EngineProfile,
+) -> None:
+    """What has passed does not keep the level down: 10 s after the last of the burst is served."""
+    quiet, rush = steady(3.0, 50, 2048, 32, seed=4), steady(30.0, 8, 2048, 32, seed=5)
+    times = np.sort(np.concatenate([quiet.arrival_s, 10 + rush.arrival_s]))
+    ones = np.ones(len(times), dtype=np.int64)
+    result = simulate(compute_bound, Arrivals(times, 2048 * ones, 32 * ones), morphing())
+    served = float((result.arrival_s + result.ttft_s)[result.ttft_s > 1.0].max())
+    assert result.changes and result.changes[-1][1] == 0
+    assert result.changes[-1][0] < min(served + 10.0, float(result.arrival_s[-1]))
 
 
 def test_no_layer_changes_where_a_change_gains_nothing(kv_bound: EngineProfile) -> None:

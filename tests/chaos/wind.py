@@ -1,0 +1,119 @@
+"""What is done to the server in a storm, while the clients go on."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import threading
+import time
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+import false_clock
+from tests.chaos import check, plan
+from triton_server import TritonServer
+from wire_client import until
+
+if TYPE_CHECKING:
+    from tests.chaos.storm import Report
+
+DEADLY = {"kill engine": signal.SIGKILL, "segfault engine": signal.SIGSEGV, "terminate engine": signal.SIGTERM}
+
+
+def blow(
+    server: TritonServer,
+    clock: false_clock.FalseClock | None,
+    report: Report,
+    ends_s: list[float],
+    over: threading.Event,
+) -> None:
+    """Disturb, and tell if that comes to nothing: a storm that has fallen asleep is no storm."""
+    try:
+        _disturb(server, clock, report, ends_s, over)
+    except (AssertionError, OSError, KeyError) as error:
+        report.complaints.append(f"no faults after {len(report.done)}: {type(error).__name__}: {error}")
+
+
+def _disturb(
+    server: TritonServer,
+    clock: false_clock.FalseClock | None,
+    report: Report,
+    ends_s: list[float],
+    over: threading.Event,
+) -> None:
+    weather = report.weather
+    if not weather.every_s:
+        return
+    began = time.monotonic()
+    faults = plan.faults(weather.seed, weather.seconds, weather.every_s, weather.faults, weather.silence_s)
+    if clock is not None:
+        faults = sorted([*faults, *plan.jumps(weather.seed, weather.seconds, weather.every_s)], key=attrgetter("at_s"))
+    for fault in faults:
+        if over.wait(max(0.0, began + fault.at_s - time.monotonic())) or time.monotonic() > began + weather.seconds:
+            return
+        if clock is not None and fault.what == "set clock":
+            report.done.append(fault.what)
+            clock.set(int(fault.for_s))
+            continue
+        # Where a start takes longer than faults are apart, each engine would be struck as soon as it is up, and nothing
+        # could ever get on: an engine that had to be waited for is left alone for a while.
+        if server.metric("morph_engine_up") != 1:
+            _find(server, "engine")
+            if over.wait(weather.every_s / 2):
+                return
+        pid, now = _find(server, "stub" if fault.what == "stop stub" else "engine"), time.monotonic()
+        try:
+            os.kill(pid, DEADLY.get(fault.what, signal.SIGSTOP))
+        except ProcessLookupError:
+            continue  # it has ended since we looked
+        report.done.append(fault.what)
+        if fault.what in DEADLY:
+            ends_s.append(now)
+            report.ended_engines += 1
+            if fault.what == "segfault engine":
+                report.own_faults_s.append(now)
+            continue
+        if fault.what == "wedge engine":
+            _await_wedge(server, pid, report)
+        else:
+            over.wait(fault.for_s)
+            os.kill(pid, signal.SIGCONT)
+
+
+def _find(server: TritonServer, name: str) -> int:
+    """The id of a process of an engine that is up; the metric is a little behind what is so."""
+    found: dict[str, int] = {}
+
+    def look() -> bool:
+        found.update(check.processes(server) if server.metric("morph_engine_up") == 1 else {})
+        return name in found
+
+    until(look, 60.0, f"the {name}")
+    return found[name]
+
+
+def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:
+    """A stopped engine is killed once it has requests and says nothing; without requests it is let go."""
+    handle = os.pidfd_open(pid)
+    try:
+        deadline = time.monotonic() + report.weather.silence_s + 3.0
+        while time.monotonic() < deadline:
+            if _has_ended(handle):
+                report.ended_engines += 1
+                report.own_faults_s.append(time.monotonic())
+                return
+            time.sleep(0.1)
+        signal.pidfd_send_signal(handle, signal.SIGCONT)
+        time.sleep(0.3)
+        if _has_ended(handle):
+            report.ended_engines += 1
+            report.own_faults_s.append(time.monotonic())
+    finally:
+        os.close(handle)
+
+
+def _has_ended(handle: int) -> bool:
+    poller = select.poll()
+    poller.register(handle, select.POLLIN)
+    return bool(poller.poll(0))

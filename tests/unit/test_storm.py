@@ -1,0 +1,52 @@
+"""The storm's own conduct: when it strikes, and that it says so when it no longer can."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.chaos import check, plan, storm, wind
+from tests.chaos.plan import Fault
+
+
+class Restarting:
+    """A server whose engine is up from a moment on."""
+
+    def __init__(self, up_s: float) -> None:
+        self.up_s = up_s
+
+    def metric(self, name: str) -> float:
+        assert name == "morph_engine_up"
+        return float(time.monotonic() >= self.up_s)
+
+
+def blow(server: Any, **weather: Any) -> tuple[storm.Report, list[float]]:
+    report, struck_s = storm.Report(storm.Weather(1, 60.0, **weather)), list[float]()
+    wind.blow(server, None, report, struck_s, threading.Event())
+    return report, struck_s
+
+
+def test_an_engine_that_is_late_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan, "faults", lambda *_: [Fault(0.0, "kill engine")])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as engine:
+        monkeypatch.setattr(check, "processes", lambda _: {"engine": engine.pid})
+        server = Restarting(time.monotonic() + 0.3)
+        report, (struck_s,) = blow(server, every_s=0.8)
+        assert engine.wait(60) == -9
+    assert struck_s >= server.up_s + 0.4
+    assert report.done == ["kill engine"] and not report.complaints
+
+
+def test_a_storm_that_can_no_longer_strike_is_no_good_storm(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: str) -> float:
+        raise ConnectionRefusedError("nobody listens")
+
+    monkeypatch.setattr(plan, "faults", lambda *_: [Fault(0.0, "kill engine")])
+    report, _ = blow(SimpleNamespace(metric=refused), every_s=1.0)
+    assert report.complaints == ["no faults after 0: ConnectionRefusedError: nobody listens"] and not report.good
