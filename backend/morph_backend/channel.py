@@ -35,7 +35,7 @@ class ResponseChannel:
 
     @property
     def closed(self) -> bool:
-        """Whether no response is taken any more: FINAL has been sent, or is being sent, or the client has gone."""
+        """Whether FINAL has been sent (or is being sent)."""
         return self._closed
 
     def send(self, tensors: Sequence[Any], *, final: bool) -> bool:
@@ -66,18 +66,6 @@ class ResponseChannel:
                 return False
             self._finish(response)
             return True
-
-    def abandon(self) -> bool:
-        """Take no response any more; `bury` must follow. False if the channel was closed already."""
-        with self._lock:
-            first, self._closed = not self._closed, True
-            return first
-
-    def bury(self, status: Status, message: str) -> None:
-        """Send an error as the final response of an abandoned channel; once."""
-        error = pb_utils.TritonError(message, getattr(pb_utils.TritonError, status.value))
-        with self._lock:
-            self._finish(pb_utils.InferenceResponse(output_tensors=[], error=error))
 
     def is_cancelled(self) -> bool:
         """Whether the client has gone; False when closed, or when a send is under way (ask again later)."""

@@ -15,7 +15,6 @@ from morph_backend.channel import ResponseChannel, Status
 from morph_backend.engine_metrics import EngineMetrics
 from morph_backend.fan_out import submissions
 from morph_backend.inputs import GenerateRequest
-from morph_backend.leavers import Leavers
 from morph_backend.open_request import End, OpenRequest, OpenRequests, Output, Tokens
 from morph_backend.outputs import sentence
 from morph_backend.recorder import MetricsRecorder
@@ -81,7 +80,6 @@ class Service:
         self._engine_metrics = EngineMetrics(recorder)
         self._lock = threading.Lock()
         self._open = OpenRequests()
-        self._leavers = Leavers()
         self._refusal = ""  # why no request is taken any more; guarded by _lock
         self._engine: Engine | None = None
         self._up = False
@@ -124,7 +122,7 @@ class Service:
     @property
     def num_open(self) -> int:
         """Requests without a FINAL."""
-        return len(self._open) + len(self._leavers)
+        return len(self._open)
 
     @property
     def limits(self) -> ParameterLimits:
@@ -147,7 +145,6 @@ class Service:
         for request in self._open.all():
             if request.channel.fail(Status.UNAVAILABLE, detail):
                 self.closed(request, "error")
-        self._leavers.flush()
 
     def close(self) -> None:
         """End the engine and the sender threads; open requests get an error."""
@@ -331,7 +328,6 @@ class Service:
         now = self._clock()
         if self._engine is not None and not self._up and not self._refusal:
             self._engine_metrics.beat()  # for the engine that is being restarted: this process is alive
-        self._leavers.poll(now)
         for request in self._open.all():
             try:
                 self._look_at(request, now)
@@ -341,24 +337,23 @@ class Service:
                 self._fail_request(request, error)
 
     def _look_at(self, request: OpenRequest, now: float) -> None:
+        logger = logging.getLogger(__name__)
         if request.channel.is_cancelled():
-            logger = logging.getLogger(__name__)
             logger.info("[vllm] Cancelling the request")
-            if request.channel.abandon():
-                self._leavers.add(request.channel, now)
-                self._ended_early(request, "cancelled")
-                logger.info("[vllm] Successfully cancelled the request")
+            status, message, outcome = Status.CANCELLED, "Request was cancelled", "cancelled"
         elif now - request.arrival_s > self._max_request_s:
+            status, outcome = Status.UNAVAILABLE, "error"
             message = f"The request took longer than max_request_seconds, {self._max_request_s:g} s."
-            if request.channel.fail(Status.UNAVAILABLE, message):
-                self._ended_early(request, "error")
-
-    def _ended_early(self, request: OpenRequest, outcome: str) -> None:
-        self.closed(request, outcome)
-        self._admission.wake()
+        else:
+            return
+        if request.channel.fail(status, message):
+            self.closed(request, outcome)
+            self._admission.wake()
+            if status is Status.CANCELLED:
+                logger.info("[vllm] Successfully cancelled the request")
 
     def closed(self, request: OpenRequest, outcome: str) -> None:
-        """A request's FINAL is out (or need not hurry): forget it, count it, and stop the engine's work on it."""
+        """A request's FINAL is out: forget it, count it, and stop the engine's work on it."""
         if not request.close():
             return
         self._open.remove(request)
