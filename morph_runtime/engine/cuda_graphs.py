@@ -52,7 +52,8 @@ def step_sizes(max_tokens: int) -> tuple[int, ...]:
 
 
 def coarse_steps(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Those of `step_sizes` whose layers have graphs of their own: few, for a graph takes 160 KB, however short."""
+    """Those of `step_sizes` whose layers have graphs of their own: few, for a graph takes about
+    100 KB of GPU memory, however short."""
     kept = [sizes[-1]]
     for size in reversed(sizes[:-1]):
         if 3 * size <= 2 * kept[-1] and size > STEP_SIZES[0]:
