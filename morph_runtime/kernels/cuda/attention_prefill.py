@@ -64,7 +64,7 @@ def prefill_tiles(lengths: Sequence[tuple[int, int]], tokens: int) -> list[tuple
 
 
 def most_tiles(tokens: int, sequences: int, per_tile: int) -> int:
-    """Tiles that any step of so many tokens and sequences may have, if sequences of one token have none.
+    """Tiles that any step of so many tokens and sequences may have, if sequences of one token have none; at least 1.
 
     Args:
         tokens: of the step.
@@ -72,7 +72,7 @@ def most_tiles(tokens: int, sequences: int, per_tile: int) -> int:
         per_tile: query tokens per tile.
     """
     # Each sequence has two tokens or more, and one tile that is not full.
-    return tokens // per_tile + min(tokens // 2, sequences)
+    return max(tokens // per_tile + min(tokens // 2, sequences), 1)  # a grid must not be empty
 
 
 @kernel
