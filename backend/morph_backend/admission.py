@@ -30,7 +30,6 @@ class Admission:
         self._news = EngineNews()
         self._holders: dict[int, int] = {}
         """Prompt tokens of each output that holds a credit."""
-        self._tokens = 0
         self._changed = threading.Condition()
         self._closed = False
         self._waiting = 0
@@ -65,10 +64,9 @@ class Admission:
                         return Admitted.CLOSED
                     if give_up():
                         return Admitted.GAVE_UP
-                    tokens = prompt_tokens * len(keys)
-                    if may_enter(self._limits, self._news, len(self._holders), self._tokens, len(keys), tokens):
+                    held, tokens = sum(self._holders.values()), prompt_tokens * len(keys)
+                    if may_enter(self._limits, self._news, len(self._holders), held, len(keys), tokens):
                         self._holders.update(dict.fromkeys(keys, prompt_tokens))
-                        self._tokens += tokens
                         return Admitted.YES
                     self._changed.wait(poll_s)
             finally:
@@ -98,6 +96,6 @@ class Admission:
 
     def _give_back(self, keys: Iterable[int]) -> None:
         for key in keys:
-            self._tokens -= self._holders.pop(key, 0)
+            self._holders.pop(key, None)
         if self._waiting:
             self._changed.notify_all()

@@ -76,15 +76,19 @@ def supported(samples: Sequence[float]) -> float:
     Not the least: if the host is late in seeing the end of a step, the next one seems to take less. Of two that
     contradict each other, the lesser.
     """
-    for less, more in pairwise(sorted(samples)):
-        if more <= less * (1 + AGREE):
-            return (less + more) / 2
-    return median_low(samples)
+    pair = _pair(samples)
+    return sum(pair) / 2 if pair else median_low(samples)
 
 
 def agree(samples: Sequence[float]) -> bool:
     """Whether two samples support each other."""
-    return any(more <= less * (1 + AGREE) for less, more in pairwise(sorted(samples)))
+    return _pair(samples) is not None
+
+
+def _pair(samples: Sequence[float]) -> tuple[float, float] | None:
+    """The two least samples that support each other."""
+    pairs = pairwise(sorted(samples))
+    return next(((less, more) for less, more in pairs if more <= less * (1 + AGREE)), None)
 
 
 def doubtful(times: Mapping[Shape, float]) -> list[Shape]:

@@ -33,10 +33,7 @@ def graph_sizes(max_sequences: int) -> tuple[int, ...]:
     while sizes[-1] < max_sequences:
         last = sizes[-1]
         sizes.append(last + (8 if last < 32 else 16 if last < 96 else 32 if last < 256 else max_sequences // 8))
-    sizes = [*(n for n in sizes if n < max_sequences), max_sequences]
-    while len(sizes) > MAX_SIZES:  # drop where the next size wastes least
-        del sizes[min(range(3, len(sizes) - 1), key=lambda i: sizes[i + 1] / sizes[i - 1])]
-    return tuple(sizes)
+    return _thinned(sizes, max_sequences, kept=3)
 
 
 def step_sizes(max_tokens: int) -> tuple[int, ...]:
@@ -45,10 +42,15 @@ def step_sizes(max_tokens: int) -> tuple[int, ...]:
     while sizes[-1] < max_tokens:
         last = sizes[-1]
         sizes.append(last + max(FINEST, (1 << (last.bit_length() - 1)) // 4))
-    sizes = [*(n for n in sizes if n < max_tokens), max_tokens]
-    while len(sizes) > MAX_SIZES:  # drop where the next size wastes least
-        del sizes[min(range(1, len(sizes) - 1), key=lambda i: sizes[i + 1] / sizes[i - 1])]
-    return tuple(sizes)
+    return _thinned(sizes, max_tokens, kept=1)
+
+
+def _thinned(sizes: Sequence[int], most: int, kept: int) -> tuple[int, ...]:
+    """Those of ascending sizes below `most`, and it; of more than MAX_SIZES the first `kept` and as many others."""
+    fit = [*(n for n in sizes if n < most), most]
+    while len(fit) > MAX_SIZES:  # drop where the next size wastes least
+        del fit[min(range(kept, len(fit) - 1), key=lambda i: fit[i + 1] / fit[i - 1])]
+    return tuple(fit)
 
 
 def coarse_steps(sizes: Sequence[int]) -> tuple[int, ...]:

@@ -267,7 +267,6 @@ class CudaRunner(StepRunner):
                         pieces.last_attention(size, room, kind)
             for rows in self._row_sizes:
                 self._tail(rows, kinds[0])
-        self.rehearse()
 
     def rehearse(self) -> None:
         """Sample as only the host can, so that what it needs is there, in memory too."""

@@ -152,7 +152,7 @@ class CudaDevice(EngineDevice):
         if model.slots.reads_w4:
             kept["w4"] = model.slots
         store = PinnedStore(kept, model.spec.layers)
-        return StreamFiller(model.slots, store, self._stream, config.morph.depth)
+        return StreamFiller(store, self._stream, config.morph.depth)
 
     def runner(self, parts: RunnerParts) -> StepRunner:
         """Compiles, warms up and captures."""
@@ -184,9 +184,9 @@ class CudaDevice(EngineDevice):
         self._note("after capture", parts.arena)
         if graphs is not None:  # steps need the graphs' pool alone; what the warm-up left in the other becomes KV cache
             torch.cuda.empty_cache()
-            runner.rehearse()
-            torch.cuda.synchronize(self._device)
-            self._note("when ready", parts.arena)
+        runner.rehearse()
+        torch.cuda.synchronize(self._device)
+        self._note("when ready", parts.arena)
         return runner
 
     def memory_used_share(self) -> float:

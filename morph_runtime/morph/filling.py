@@ -8,7 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from torch import Tensor
 
-from morph_runtime.kernels.rung import Rung
 from morph_runtime.weights.bound import LayerWeights
 from morph_runtime.weights.slots import LayerSlots
 
@@ -43,14 +42,13 @@ class LayerFiller(ABC):
 
     @abstractmethod
     def start(
-        self, layer: int, rung: Rung, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
+        self, target: LayerWeights, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
     ) -> Filling:
         """Begin to fill a slot.
 
         Args:
-            layer: which.
-            rung: at which precision.
-            slot: uint8 [>= slot_bytes(rung)].
+            target: views of the slot: which layer, and at which rung.
+            slot: uint8 [>= slot_bytes(rung)], the same memory.
             source: the same layer at full precision, or None; it stays as it is until the filling is done.
             wake: may be called from another thread when it is done.
         """
@@ -92,10 +90,10 @@ class ThreadFiller(LayerFiller):
         return 1
 
     def start(
-        self, layer: int, rung: Rung, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
+        self, target: LayerWeights, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
     ) -> Filling:
         """See `LayerFiller.start`."""
-        job = self._worker.submit(self._slots.fill, layer, rung, slot, source)
+        job = self._worker.submit(self._slots.fill, target.layer, target.rung, slot, source)
         job.add_done_callback(lambda _: wake())
         return ThreadFilling(job)
 

@@ -14,12 +14,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from morph_runtime.kernels.rung import Rung
 from morph_runtime.morph.filling import Filling, LayerFiller
 from morph_runtime.weights.bound import BoundLinear, LayerWeights
 from morph_runtime.weights.hoststore import PinnedStore
 from morph_runtime.weights.norms import copy_norms
-from morph_runtime.weights.slots import LayerSlots
 
 BOUNCE_BYTES = 32 * 2**20
 """Room on the GPU for rows of full precision that are quantized on their way in (from W8 to W4)."""
@@ -48,18 +46,16 @@ class StreamFilling(Filling):
 class StreamFiller(LayerFiller):
     """Quantizes on the GPU, copies over PCIe."""
 
-    def __init__(self, slots: LayerSlots, store: PinnedStore, steps: torch.cuda.Stream, depth: int) -> None:
+    def __init__(self, store: PinnedStore, steps: torch.cuda.Stream, depth: int) -> None:
         """Make the side stream.
 
         Args:
-            slots: of the device.
             store: what is copied: the full precision, and W4 if it comes from an AWQ checkpoint.
             steps: the stream on which steps run.
             depth: changes that may be under way at the same time.
         """
-        self._slots, self._store, self._steps, self._depth = slots, store, steps, depth
+        self._store, self._steps, self._depth = store, steps, depth
         self._stream = torch.cuda.Stream(priority=0)
-        self._targets: dict[tuple[int, Rung], LayerWeights] = {}
         self._bounce = torch.empty(BOUNCE_BYTES, dtype=torch.uint8, device=steps.device)
 
     @property
@@ -68,17 +64,14 @@ class StreamFiller(LayerFiller):
         return self._depth
 
     def start(
-        self, layer: int, rung: Rung, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
+        self, target: LayerWeights, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
     ) -> Filling:
         """See `LayerFiller.start`; `wake` is not called, since the loop polls while layers change."""
         with torch.cuda.stream(self._stream):
-            stored = self._store.find(layer, rung)
+            stored = self._store.find(target.layer, target.rung)
             if stored is not None:
                 slot[: stored.shape[0]].copy_(stored, non_blocking=True)
             else:
-                target = self._targets.get((layer, rung))
-                if target is None:  # a layer's slot at a rung stays where it is
-                    target = self._targets[layer, rung] = self._slots.bind(layer, rung, slot)
                 self._quantize(target, source)
             event = torch.cuda.Event()
             event.record(self._stream)

@@ -156,7 +156,7 @@ class LayerSwapper:
         # Quantizing needs the full-precision bytes; from another rung they come from the checkpoint.
         source = self._layers[change.layer] if change.source == "full" else None
         try:
-            filling = self._filler.start(change.layer, change.target, slot, source, self._wake)
+            filling = self._filler.start(self.bind(change.layer, change.target), slot, source, self._wake)
         except BaseException:
             self._ranges[change.target].unmap(self._place[change.layer])
             raise
@@ -233,7 +233,7 @@ class LayerSwapper:
 
     def _fill_now(self, layer: int, rung: Rung, slot: torch.Tensor, source: LayerWeights | None) -> None:
         """Fill a slot and wait for it (at start)."""
-        filling = self._filler.start(layer, rung, slot, source, lambda: None)
+        filling = self._filler.start(self.bind(layer, rung), slot, source, lambda: None)
         filling.wait()
         filling.finish()
 

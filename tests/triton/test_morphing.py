@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import signal
 import statistics
 from collections.abc import Iterator
 
@@ -10,6 +12,7 @@ import pytest
 
 from morph_client.errors import InvalidRequest
 from morph_client.sync_client import MorphClient
+from test_crash import engine_of
 from triton_server import TritonServer
 from wire_client import GrpcStream, text_of, until
 
@@ -88,7 +91,14 @@ def test_a_backlog_of_short_requests_drains_without_pauses(small: TritonServer) 
     until(lambda: small.metric("vllm:num_requests_running") == 0)
     nudges, rejected = "morph_queue_nudges_total", "nv_inference_request_failure"
     before = small.metric(nudges), small.metric(rejected, reason="REJECTED")
-    streams = [GrpcStream(small).ask("The sea", {"max_tokens": 1}) for _ in range(24)]
+    engine = engine_of(small)
+    os.kill(engine, signal.SIGSTOP)
+    try:  # all have come before the first can go: nobody's arrival wakes the batcher for another
+        prompt = "The captain looked at the sea for a long while, and said nothing. " * 4
+        streams = [GrpcStream(small).ask(prompt, {"max_tokens": 1}) for _ in range(24)]
+        until(lambda: small.metric("nv_inference_pending_request_count", model="morph") >= 12, what="a backlog")
+    finally:
+        os.kill(engine, signal.SIGCONT)
     for stream in streams:
         assert not stream.rest()[-1].error
     ends_s = sorted(stream.started_s + stream.responses[-1].at_s for stream in streams)

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.conftest import make_model, submit
 from morph.test_shifter_faults import small_engine
 from morph_runtime.engine.core import Engine
-from morph_runtime.kernels.rung import Rung
 from morph_runtime.memory.fence import DeviceOrder, Fence
 from morph_runtime.morph.filling import Filling, LayerFiller
 from morph_runtime.weights.bound import LayerWeights
@@ -75,10 +74,10 @@ class DeepFiller(LayerFiller):
         return 4
 
     def start(
-        self, layer: int, rung: Rung, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
+        self, target: LayerWeights, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]
     ) -> Filling:
-        self.slots.fill(layer, rung, slot, source)
-        return LateFilling(self._queue.fence(), rung != "full")
+        self.slots.fill(target.layer, target.rung, slot, source)
+        return LateFilling(self._queue.fence(), target.rung != "full")
 
     def close(self) -> None:
         return None
