@@ -4,8 +4,8 @@ from __future__ import annotations
 
 LONGEST_PAUSE_S = 30.0
 OUTSIDE_FACTOR = 4
-"""Starts that are ended from outside may be so many times those that fail of themselves. An engine that cannot start
-will not start the next time either; who kills it may leave off. There is a limit all the same, for the kernel's
+"""So many times the starts that may fail of themselves may come to nothing in all. An engine that cannot start will not
+start the next time either, but who ends one from outside may leave off. There is a limit all the same: the kernel's
 out-of-memory killer looks like somebody who kills."""
 MOST_DOUBLINGS = 20
 

@@ -26,6 +26,18 @@ class Restarting:
         return float(time.monotonic() >= self.up_s)
 
 
+class Blinking(Restarting):
+    """One whose metric says for a moment that its engine is up, and then that it is not."""
+
+    def __init__(self, now_s: float) -> None:
+        super().__init__(now_s + 0.6)
+        self._stale = 1
+
+    def metric(self, name: str) -> float:
+        self._stale, stale = 0, self._stale
+        return stale or super().metric(name)
+
+
 def blow(server: Any, **weather: Any) -> tuple[storm.Report, list[float]]:
     report, struck_s = storm.Report(storm.Weather(1, 60.0, **weather)), list[float]()
     wind.blow(server, None, report, struck_s, threading.Event())
@@ -41,6 +53,19 @@ def test_an_engine_that_is_late_is_left_alone_for_a_while(monkeypatch: pytest.Mo
         assert engine.wait(60) == -9
     assert struck_s >= server.up_s + 0.4
     assert report.done == ["kill engine"] and not report.complaints
+
+
+def test_a_fault_that_is_late_does_not_strike_an_engine_that_the_metric_does_not_know_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The engine before has just been struck: the metric still says that it is up, and its successor is starting."""
+    monkeypatch.setattr(plan, "faults", lambda *_: [Fault(-1.0, "kill engine")])
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as engine:
+        monkeypatch.setattr(check, "processes", lambda _: {"engine": engine.pid})
+        server = Blinking(time.monotonic())
+        _, (struck_s,) = blow(server, every_s=0.8)
+        assert engine.wait(60) == -9
+    assert struck_s >= server.up_s + 0.4
 
 
 def test_a_storm_that_can_no_longer_strike_is_no_good_storm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,8 @@ class Failing:
     def __init__(self, fails: Callable[[int], str]) -> None:
         self.hearer, self.made = Hearer(), 0
         self._fails, self._first = fails, None
-        self.keeper = EngineKeeper(self._make, self.hearer, FAST)  # type: ignore[arg-type]
+        settings = KeeperSettings(restarts=FAST.restarts, pause_s=0.0)
+        self.keeper = EngineKeeper(self._make, self.hearer, settings)  # type: ignore[arg-type]
         self.keeper.start()
         self.keeper.submit(Submit(key=1, prompt=[1], sampling=LONG))
         self._first.listener.on_down("killed")  # type: ignore[attr-defined]
