@@ -82,7 +82,7 @@ def _disturb(
             _await_wedge(server, pid, report)
         else:
             over.wait(fault.for_s)
-            os.kill(pid, signal.SIGCONT)
+            _let_go(pid, report)
 
 
 def _rest(server: TritonServer, for_s: float, over: threading.Event) -> bool:
@@ -105,6 +105,15 @@ def _find(server: TritonServer, name: str) -> int:
 
     until(look, LONGEST_ABSENCE_S, f"the {name}")
     return found[name]
+
+
+def _let_go(pid: int, report: Report) -> None:
+    """Let a stopped process go on. If it is gone, it was late already, and together that was too long for the server."""
+    try:
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        report.ended_engines += 1
+        report.own_faults_s.append(time.monotonic())
 
 
 def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:
