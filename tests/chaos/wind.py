@@ -108,7 +108,7 @@ def _find(server: TritonServer, name: str) -> int:
 
 
 def _let_go(pid: int, report: Report) -> None:
-    """Let a stopped process go on. If it is gone, it was late already, and together that was too long for the server."""
+    """Let a stopped process go on. If it is gone, it was late before, and all that together too long for the server."""
     try:
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
