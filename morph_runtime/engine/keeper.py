@@ -221,9 +221,8 @@ class EngineKeeper:
         self._tell(ended)
         logger, patience = logging.getLogger(__name__), self._patience
         while (pause_s := patience.next_pause_s(outside)) is not None:
-            logger.error(
-                "the engine is restarted (%d starts before have come to nothing): %s", patience.in_vain, reason
-            )
+            in_vain = f" ({patience.in_vain} in a row have come to nothing)" if patience.in_vain else ""
+            logger.error("the engine is restarted%s: %s", in_vain, reason)
             if self._closing.wait(pause_s):
                 return
             run = Run(self, self._make)
