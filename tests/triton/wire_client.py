@@ -192,5 +192,10 @@ def fill(server: TritonServer) -> list[GrpcStream]:
     streams = [GrpcStream(server).ask("hello world", {"max_tokens": 20})]
     streams[0].next()
     streams += [GrpcStream(server).ask("in the line", {"max_tokens": 1}) for _ in range(3)]
-    until(lambda: server.metric("morph_execute_waiting") == 1, what="a request held in execute()")
+
+    def all_in() -> bool:  # on its way into the line a request is held for a moment, too
+        held, waiting = server.metric("morph_execute_waiting"), server.metric("vllm:num_requests_waiting")
+        return held == 1 and waiting == 3 and server.metric("nv_inference_pending_request_count", model="morph") == 0
+
+    until(all_in, what="two requests in the line and one held in execute()")
     return streams
