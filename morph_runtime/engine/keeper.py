@@ -31,7 +31,8 @@ from morph_runtime.errors import ConfigError, EngineDown
 
 TICK_S = 0.5
 STEADY_S = 10.0
-"""An engine that has lived this long, or has produced a token, has started well: failures before it do not count."""
+"""An engine that has lived this long, not silent at its end, or has produced a token, has started well: failures before
+it do not count."""
 QUIET_S = 2.0
 """After this long without a word of the engine it is told nothing that it can do without."""
 
@@ -214,7 +215,7 @@ class EngineKeeper:
         with self._lock:
             ended = self._kept.crashed(own_fault=not outside)
             self._silent_s = 0.0
-        if run.produced or self._clock() - run.ready_s > STEADY_S:
+        if run.produced or (not run.wedged and self._clock() - run.ready_s > STEADY_S):
             self._patience.well_started()
         with self._telling:
             self._listener.on_restarting(reason)
@@ -236,7 +237,8 @@ class EngineKeeper:
                 with self._telling:
                     self._listener.on_restarted()
                 return
-        logger.error("the engine is given up: %d starts in a row have come to nothing", patience.in_vain)
+        in_vain = f": {patience.in_vain} starts in a row have come to nothing" if patience.in_vain else ""
+        logger.error("the engine is given up%s", in_vain)
         self._give_up(reason)
 
     def _begin(self, run: Run, timeout_s: float) -> EngineInfo:

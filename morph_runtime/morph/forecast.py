@@ -23,6 +23,8 @@ INTERVALS, FIRST_S, GROWTH = 10, 0.05, 1.8
 BURST_S = 5.0
 """Time in which an arrival rate above its mean is expected to fall back to it (e-fold)."""
 NO_BOUND = 1e9
+SHORTEST_S = 1e-6
+"""Of a step, should a cost model say less."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,7 @@ class _Run:
         reads = self._context * (costs.context_s + costs.mean_context_s / np.maximum(self._decodes, 1.0))
         attends = line.reach * (chunk * costs.pair_s + costs.chunk_s)
         full_s = (maker.full_s[row + decodes + chunk] + decodes * costs.row_s + reads + attends) * load.slowness
+        full_s = np.maximum(full_s, SHORTEST_S)
         bare_s = (maker.bare_s[row + decodes] + reads) * load.slowness
         most = seconds / full_s
         # What does not fit is preempted and computed again: decodes get on as far as blocks do.
@@ -170,14 +173,15 @@ class _Run:
 
         # Prefill leaves fewer steps, so fewer requests end and make room for prefill. Both are known with no prefill
         # and with the most of it; between the two, a straight line meets what room allows with what it needs.
-        ends = np.stack([seconds / bare_s, most + (seconds - most * full_s) / bare_s]) * pace
+        ends = np.stack([seconds / bare_s, most]) * pace
         there, blocks, context = self._still_there(at, self._steps + ends)
         turnover = np.maximum(1.0, ends / line.output)
         # While it is there a request grows: the room that it takes is its mean over that time.
         grown = 1.0 + np.minimum(ends, line.output) / (2 * size * line.own)
         room = np.maximum(capacity - blocks, 0.0) * turnover / grown
         seats = np.maximum(load.max_running - there, 0.0) * turnover
-        allowed = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), self._place + seats)
+        seated = np.maximum(self._place, line.begun)  # prefills under way have theirs
+        allowed = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), seated + seats)
         fits = (np.interp(allowed, line.place, line.tokens) - self._tokens) / chunk
         full = fits[0] * most / (most + np.maximum(fits[0] - fits[1], 0.0))
         place = np.interp(self._tokens + np.minimum(full, most) * chunk, line.tokens, line.place)
@@ -189,7 +193,7 @@ class _Run:
         # A line that is done sooner has not waited for the interval's end, unless for room that came bit by bit.
         at_once = np.minimum(
             np.interp(self._blocks + np.maximum(capacity - self._used, 0.0), line.blocks, line.place),
-            self._place + np.maximum(load.max_running - self._decodes, 0.0),
+            seated + np.maximum(load.max_running - self._decodes, 0.0),
         )
         allowed = allowed[0] + part * (allowed[1] - allowed[0])
         waited = np.clip((place - at_once) / np.maximum(allowed - at_once, 1e-9), 0.0, 1.0)
@@ -280,6 +284,8 @@ class _Run:
         low, high = np.take_along_axis(places, first, 0), np.take_along_axis(places, first + 1, 0)
         part = np.clip((place - low) / np.maximum(high - low, 1e-9), 0.0, 1.0)
         inside = edges[first] + part * np.take_along_axis(self._busy_s, first, 0)
+        # Who is not reached by the end is not reached before it, however soon the last interval came to a stop.
+        inside = np.where(place > places[-1], edges[-1], inside)
         pace = (places[-1] - places[0]) / edges[-1]
         beyond = np.maximum(place - places[-1], 0.0) / np.maximum(pace, 1e-3)
         result: Floats = inside + beyond

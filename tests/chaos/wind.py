@@ -67,6 +67,8 @@ def _disturb(
         if (late or server.metric("morph_engine_up") != 1) and not _rest(server, weather.every_s / 2, over):
             return
         pid, now = _find(server, "stub" if fault.what == "stop stub" else "engine"), time.monotonic()
+        if over.is_set():
+            return
         try:
             os.kill(pid, DEADLY.get(fault.what, signal.SIGSTOP))
         except ProcessLookupError:
@@ -82,7 +84,7 @@ def _disturb(
             _await_wedge(server, pid, report)
         else:
             over.wait(fault.for_s)
-            _let_go(pid, report)
+            _let_go(pid, fault, report)
 
 
 def _rest(server: TritonServer, for_s: float, over: threading.Event) -> bool:
@@ -107,11 +109,13 @@ def _find(server: TritonServer, name: str) -> int:
     return found[name]
 
 
-def _let_go(pid: int, report: Report) -> None:
-    """Let a stopped process go on. If it is gone, it was late before, and all that together too long for the server."""
+def _let_go(pid: int, fault: plan.Fault, report: Report) -> None:
+    """Let a stopped process go on. An engine that is gone was late before: all that together was too long."""
     try:
         os.kill(pid, signal.SIGCONT)
     except ProcessLookupError:
+        if fault.what != "stop engine":
+            raise
         report.ended_engines += 1
         report.own_faults_s.append(time.monotonic())
 

@@ -157,7 +157,7 @@ def test_an_engine_that_is_given_up_ends_every_stream_and_the_server(tmp_path: P
         server.stop()
 
 
-def test_who_waits_when_the_engine_is_given_up_gets_its_error_at_once(tmp_path: Path) -> None:
+def test_who_waits_when_the_engine_is_given_up_gets_its_error(tmp_path: Path) -> None:
     """In the engine, in execute() and in Triton's queue."""
     environment = {
         "MORPH_MODEL_REPOSITORY": str(real_repository(tmp_path / "repository", ENGINE_RESTARTS="0")),

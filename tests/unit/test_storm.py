@@ -17,26 +17,17 @@ from tests.chaos.plan import Fault
 
 
 class Restarting:
-    """A server whose engine is up from a moment on."""
+    """A server whose metric says this of its engine when asked, and from then on that it is up."""
 
-    def __init__(self, up_s: float) -> None:
-        self.up_s = up_s
+    def __init__(self, *says: float) -> None:
+        self._says, self.up_s = list(says), float("inf")
 
     def metric(self, name: str) -> float:
         assert name == "morph_engine_up"
-        return float(time.monotonic() >= self.up_s)
-
-
-class Blinking(Restarting):
-    """One whose metric says for a moment that its engine is up, and then that it is not."""
-
-    def __init__(self, now_s: float) -> None:
-        super().__init__(now_s + 0.6)
-        self._stale = 1
-
-    def metric(self, name: str) -> float:
-        self._stale, stale = 0, self._stale
-        return stale or super().metric(name)
+        if self._says:
+            return self._says.pop(0)
+        self.up_s = min(self.up_s, time.monotonic())
+        return 1.0
 
 
 class StoppedThenGone:
@@ -61,7 +52,7 @@ def test_an_engine_that_is_late_is_left_alone_for_a_while(monkeypatch: pytest.Mo
     monkeypatch.setattr(plan, "faults", lambda *_: [Fault(0.0, "kill engine")])
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as engine:
         monkeypatch.setattr(check, "processes", lambda _: {"engine": engine.pid})
-        server = Restarting(time.monotonic() + 0.3)
+        server = Restarting(0.0, 0.0)
         report, (struck_s,) = blow(server, every_s=0.8)
         assert engine.wait(60) == -9
     assert struck_s >= server.up_s + 0.4
@@ -75,7 +66,7 @@ def test_a_fault_that_is_late_does_not_strike_an_engine_that_the_metric_does_not
     monkeypatch.setattr(plan, "faults", lambda *_: [Fault(-1.0, "kill engine")])
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as engine:
         monkeypatch.setattr(check, "processes", lambda _: {"engine": engine.pid})
-        server = Blinking(time.monotonic())
+        server = Restarting(1.0, 0.0, 0.0)
         _, (struck_s,) = blow(server, every_s=0.8)
         assert engine.wait(60) == -9
     assert struck_s >= server.up_s + 0.4
@@ -85,7 +76,7 @@ def test_a_stopped_engine_that_is_ended_meanwhile_does_not_end_the_storm(monkeyp
     monkeypatch.setattr(plan, "faults", lambda *_: [Fault(0.0, "stop engine", 0.1)])
     monkeypatch.setattr(check, "processes", lambda _: {"engine": 2**22 + 1})  # no process has this id
     monkeypatch.setattr(wind.os, "kill", stopped_then_gone := StoppedThenGone())
-    report, _ = blow(Restarting(0.0), every_s=0.1)
+    report, _ = blow(Restarting(), every_s=0.1)
     assert stopped_then_gone.signals == [signal.SIGSTOP, signal.SIGCONT]
     assert not report.complaints and report.ended_engines == len(report.own_faults_s) == 1
 

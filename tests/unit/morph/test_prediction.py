@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from morph.closed_loop import ClosedLoop, Job, make_costs, make_loop, steady
@@ -56,11 +56,24 @@ def forecast(reading: Load, maker: Forecaster | None = None, bound: float = 1.0)
 
 
 @given(st.integers(0, 200), st.integers(1, 200), st.floats(0, 20))
+@example(8, 1, 0.0)  # a line that ends early in a long interval
+@example(24, 1, 0.0)  # one whose last request just does not fit at level 14
 @settings(max_examples=40, deadline=None)
 def test_more_that_waits_never_lets_anybody_wait_less(pending: int, more: int, rate: float) -> None:
     few, many = forecast(load(pending, rate)), forecast(load(pending + more, rate))
     coarse = 0.1  # seconds
     assert (many.ttft_s >= 0.95 * few.ttft_s - coarse).all()
+
+
+def test_who_is_not_reached_within_the_horizon_is_not_said_to_be() -> None:
+    maker = Forecaster(make_costs(), [SloClass("", 2.0)], 512)
+    beyond = 0
+    for pending in range(5, 40):
+        reading = dataclasses.replace(load(pending), typical=Typical(160, 0, 5000, 320, 100.0))
+        longest_s = forecast(reading, maker).ttft_s[0]
+        assert not maker.edges[-2] < longest_s < maker.edges[-1]
+        beyond += longest_s >= maker.edges[-1]
+    assert beyond
 
 
 @given(st.integers(0, 200), st.floats(0, 20))
