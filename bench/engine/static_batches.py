@@ -12,6 +12,7 @@ from engine_driver import Driver, gaps_ms, spread
 from long_contexts import filling
 
 from morph_runtime.engine.core import Engine
+from morph_runtime.sampling.shape import MOST_ENTRIES
 
 Row = dict[str, Any]
 
@@ -108,12 +109,12 @@ def sampled(bench: Bench) -> dict[str, Row]:
     """Plain rows; rows that the GPU shapes before it draws; rows of the host's sampler, which waits for it."""
     bench.engine.set_level(0)
     scale = bench.scale
-    drawn, least = {"temperature": 1.0}, {"min_tokens": scale.output // 2}
+    drawn, least = {"temperature": 1.0}, {"min_tokens": scale.output // 2, "stop_token_ids": (5,)}
     choices: dict[str, dict[str, Any]] = {
         "greedy": {}, "temperature": drawn, "top_p": drawn | {"top_p": 0.9}, "top_k": drawn | {"top_k": 50},
         "min_p": drawn | {"min_p": 0.05}, "min_tokens": least, "both": drawn | {"top_p": 0.9, "top_k": 50},
         "all": drawn | least | {"top_p": 0.9, "top_k": 50, "logit_bias": ((17, 1.5), (23, -100.0))},
-        "host": drawn | {"top_p": 0.9, "presence_penalty": 0.1},
+        "host": drawn | {"top_p": 0.9, "logit_bias": tuple((token, 0.1) for token in range(MOST_ENTRIES + 1))},
     }  # fmt: skip
     return {
         name: batch_row(bench.driver, scale.batch, scale.prompt, scale.output // 2, **choice)
