@@ -125,6 +125,8 @@ class _Run:
         self._cohorts = np.zeros((5, INTERVALS, count))
         """Requests admitted in an interval: their number, blocks, tokens; the steps at which that began and ended."""
         self._places = np.zeros((INTERVALS + 1, count))
+        self._busy_s = np.zeros((INTERVALS, count))
+        """Seconds of an interval after which it has got as far as it gets."""
         self._available = line.length + self._arrivals(maker.edges)
         self._available_tokens = np.interp(self._available, line.place, line.tokens)
         shift_s = maker.walk_s(load.level)[futures.levels]
@@ -162,7 +164,7 @@ class _Run:
         attends = line.reach * (chunk * costs.pair_s + costs.chunk_s)
         full_s = (maker.full_s[row + decodes + chunk] + decodes * costs.row_s + reads + attends) * load.slowness
         bare_s = (maker.bare_s[row + decodes] + reads) * load.slowness
-        most = np.minimum(seconds / full_s, (self._available_tokens[at + 1] - self._tokens) / chunk)
+        most = seconds / full_s
         # What does not fit is preempted and computed again: decodes get on as far as blocks do.
         pace = np.minimum(1.0, capacity / np.maximum(self._used, 1.0))
 
@@ -175,15 +177,23 @@ class _Run:
         grown = 1.0 + np.minimum(ends, line.output) / (2 * size * line.own)
         room = np.maximum(capacity - blocks, 0.0) * turnover / grown
         seats = np.maximum(load.max_running - there, 0.0) * turnover
-        place = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), self._place + seats)
-        fits = (np.interp(place, line.place, line.tokens) - self._tokens) / chunk
-        full = fits[0] * most / np.maximum(most + np.maximum(fits[0] - fits[1], 0.0), 1e-9)
+        allowed = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), self._place + seats)
+        fits = (np.interp(allowed, line.place, line.tokens) - self._tokens) / chunk
+        full = fits[0] * most / (most + np.maximum(fits[0] - fits[1], 0.0))
         place = np.interp(self._tokens + np.minimum(full, most) * chunk, line.tokens, line.place)
         place = np.maximum(np.minimum(place, self._available[at + 1]), self._place)
         tokens, taken = np.interp(place, line.place, line.tokens), np.interp(place, line.place, line.blocks)
         full = (tokens - self._tokens) / chunk
         steps = (full + (seconds - full * full_s) / bare_s) * pace
-        part = np.minimum(full / np.maximum(most, 1e-9), 1.0)
+        part = np.minimum(full / most, 1.0)
+        # A line that is done sooner has not waited for the interval's end, unless for room that came bit by bit.
+        at_once = np.minimum(
+            np.interp(self._blocks + np.maximum(capacity - self._used, 0.0), line.blocks, line.place),
+            self._place + np.maximum(load.max_running - self._decodes, 0.0),
+        )
+        allowed = allowed[0] + part * (allowed[1] - allowed[0])
+        waited = np.clip((place - at_once) / np.maximum(allowed - at_once, 1e-9), 0.0, 1.0)
+        self._busy_s[at] = np.minimum(np.maximum(full * full_s, waited * seconds), seconds)
         there, blocks, context = (none + part * (all_ - none) for none, all_ in (there, blocks, context))
 
         fresh = np.maximum(place, line.begun) - np.maximum(self._place, line.begun)
@@ -269,7 +279,7 @@ class _Run:
         first = np.clip(after - 1, 0, INTERVALS - 1)
         low, high = np.take_along_axis(places, first, 0), np.take_along_axis(places, first + 1, 0)
         part = np.clip((place - low) / np.maximum(high - low, 1e-9), 0.0, 1.0)
-        inside = edges[first] + part * (edges[first + 1] - edges[first])
+        inside = edges[first] + part * np.take_along_axis(self._busy_s, first, 0)
         pace = (places[-1] - places[0]) / edges[-1]
         beyond = np.maximum(place - places[-1], 0.0) / np.maximum(pace, 1e-3)
         result: Floats = inside + beyond

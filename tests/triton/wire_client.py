@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import queue
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class GrpcStream:
     def __post_init__(self) -> None:
         self.client = grpcclient.InferenceServerClient(f"127.0.0.1:{self.server.grpc}")
         self._queue: queue.Queue[Response] = queue.Queue()
+        self.ended = threading.Event()
         self.client.start_stream(self._on_response)
         self.started_s = time.monotonic()
 
@@ -104,17 +106,22 @@ class GrpcStream:
         return self
 
     def _on_response(self, result: Any, error: InferenceServerException | None) -> None:
+        response = self._response(result, error)
+        self._queue.put(response)
+        if response.final:
+            self.ended.set()
+
+    def _response(self, result: Any, error: InferenceServerException | None) -> Response:
         now = time.monotonic() - self.started_s
         if error is not None:
-            self._queue.put(Response(now, {}, True, error.message(), error.status() or ""))
-            return
+            return Response(now, {}, True, error.message(), error.status() or "")
         answer = result.get_response()
         final = answer.parameters["triton_final_response"].bool_param
         outputs = {}
         for output in answer.outputs:
             array = result.as_numpy(output.name)
             outputs[output.name] = [v.decode() if isinstance(v, bytes) else v for v in np.atleast_1d(array).tolist()]
-        self._queue.put(Response(now, outputs, final))
+        return Response(now, outputs, final)
 
     def next(self, timeout_s: float = PATIENCE_S) -> Response:
         response = self._queue.get(timeout=timeout_s)
