@@ -80,3 +80,25 @@ def test_a_greedy_row_is_not_truncated_and_a_row_past_its_minimum_is_plain() -> 
     found = ways(rows, EOS)
     assert list(found.shaped) == [2, 3] and not found.special
     assert found.shaped[2].tokens.tolist() == list(EOS) and np.isneginf(found.shaped[2].biases).all()
+
+
+def test_rows_of_the_step_before_leave_nothing_behind() -> None:
+    pytest.importorskip("triton")
+    from morph_runtime.engine.cuda_inputs import fill_shapes
+
+    host = {name: np.full(4, 77.0, dtype=np.float32) for name in ("top_ps", "min_ps")}
+    host |= {name: np.full(4, 77, dtype=np.int32) for name in ("top_ks", "entries")}
+    host["entry_tokens"] = np.zeros((4, MOST_ENTRIES), dtype=np.int32)
+    host["entry_biases"] = np.zeros((4, MOST_ENTRIES), dtype=np.float32)
+    rows = [
+        row(SamplingParams()),
+        row(SamplingParams(top_p=0.5, top_k=9, min_p=0.25, logit_bias=((3, 1.5), (8, -2.0)))),
+    ]
+
+    fill_shapes(host, rows, ways(rows, EOS).shaped, padded=3)
+
+    assert host["top_ps"].tolist() == [1.0, 0.5, 1.0, 77.0]
+    assert host["top_ks"].tolist() == [0, 9, 0, 77]
+    assert host["min_ps"].tolist() == [0.0, 0.25, 0.0, 77.0]
+    assert host["entries"].tolist() == [0, 2, 0, 77]
+    assert host["entry_tokens"][1, :2].tolist() == [3, 8] and host["entry_biases"][1, :2].tolist() == [1.5, -2.0]
