@@ -37,7 +37,8 @@ class BackendSettings:
     start_timeout_seconds: int = 600
     """Seconds that the engine may take to load the model."""
     engine_restarts: int = 5
-    """Starts in a row that may fail before an engine that has ended is given up and the server ends; 0: no restart."""
+    """Starts in a row that may fail of themselves before an engine that has ended is given up and the server ends; of
+    starts that come to nothing in all, those ended from outside included, four times as many. 0: no restart."""
     engine_restart_pause_ms: int = 500
     """Milliseconds before the second restart in a row; doubles with each further one, up to 30 s."""
     engine_silence_seconds: int = 60

@@ -39,8 +39,8 @@ class KeeperSettings:
     """When an engine is started anew.
 
     Attributes:
-        restarts: starts in a row that may come to nothing before it is given up; 0: none is made.
-        pause_s: seconds before the second of them; doubles with each further one, up to 30 s.
+        restarts: starts in a row that may fail of themselves before it is given up (`Patience`); 0: none is made.
+        pause_s: seconds before the second start in a row; doubles with each further one, up to 30 s.
         silence_s: seconds without a message after which an engine that has requests is ended; 0: never.
         start_timeout_s: seconds that a start may take.
     """

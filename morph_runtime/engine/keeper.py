@@ -26,6 +26,7 @@ from morph_runtime.engine.messages import (
     StepOutput,
     Submit,
 )
+from morph_runtime.engine.patience import Patience
 from morph_runtime.errors import ConfigError, EngineDown
 
 TICK_S = 0.5
@@ -33,7 +34,6 @@ STEADY_S = 10.0
 """An engine that has lived this long, or has produced a token, has started well: failures before it do not count."""
 QUIET_S = 2.0
 """After this long without a word of the engine it is told nothing that it can do without."""
-LONGEST_PAUSE_S = 30.0
 
 
 class Run:
@@ -86,7 +86,7 @@ class EngineKeeper:
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._silent_s = 0.0
-        self._failures = 0
+        self._patience = Patience(settings.restarts, settings.pause_s)
         self._threads = [
             threading.Thread(target=self._watch, name="engine-keeper", daemon=True),
             threading.Thread(target=self._deliver, name="engine-writer", daemon=True),
@@ -100,7 +100,7 @@ class EngineKeeper:
         Raises:
             ConfigError, EngineDown: as `EngineClient.start`.
         """
-        info = self._begin(timeout_s)
+        info = self._begin(Run(self, self._make), timeout_s)
         for thread in self._threads:
             thread.start()
         return info
@@ -215,38 +215,32 @@ class EngineKeeper:
             ended = self._kept.crashed(own_fault=not outside)
             self._silent_s = 0.0
         if run.produced or self._clock() - run.ready_s > STEADY_S:
-            self._failures = 0
+            self._patience.well_started()
         with self._telling:
             self._listener.on_restarting(reason)
         self._tell(ended)
-        while (pause_s := self._pause()) is not None:
-            logging.getLogger(__name__).error("the engine is restarted: %s", reason)
+        logger, patience = logging.getLogger(__name__), self._patience
+        while (pause_s := patience.next_pause_s(outside)) is not None:
+            in_vain = f" ({patience.in_vain} in a row have come to nothing)" if patience.in_vain else ""
+            logger.error("the engine is restarted%s: %s", in_vain, reason)
             if self._closing.wait(pause_s):
                 return
+            run = Run(self, self._make)
             try:
-                self._begin(self._settings.start_timeout_s)
+                self._begin(run, self._settings.start_timeout_s)
             except (ConfigError, EngineDown) as error:
                 if self._closing.is_set():
                     return
-                reason = str(error)
+                reason, outside = str(error), run.engine.ended_from_outside
             else:
                 with self._telling:
                     self._listener.on_restarted()
                 return
+        logger.error("the engine is given up: %d starts in a row have come to nothing", patience.in_vain)
         self._give_up(reason)
 
-    def _pause(self) -> float | None:
-        """Seconds before the next start; None if there have been too many."""
-        self._failures += 1
-        if self._failures > self._settings.restarts:
-            return None
-        if self._failures == 1:
-            return 0.0
-        return min(LONGEST_PAUSE_S, self._settings.pause_s * 2.0 ** (self._failures - 2))
-
-    def _begin(self, timeout_s: float) -> EngineInfo:
+    def _begin(self, run: Run, timeout_s: float) -> EngineInfo:
         """Start an engine and make it the present one."""
-        run = Run(self, self._make)
         with self._lock:
             if self._closing.is_set():
                 raise EngineDown("The engine is closed.")

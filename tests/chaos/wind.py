@@ -18,6 +18,10 @@ from wire_client import until
 if TYPE_CHECKING:
     from tests.chaos.storm import Report
 
+LATE_S = 0.5
+"""A fault that comes so much after its time has had to wait, for an engine or for the fault before."""
+LONGEST_ABSENCE_S = 180.0
+"""Within which an engine has to be up again: some starts that were struck, and the pauses between them."""
 DEADLY = {"kill engine": signal.SIGKILL, "segfault engine": signal.SIGSEGV, "terminate engine": signal.SIGTERM}
 
 
@@ -57,11 +61,11 @@ def _disturb(
             clock.set(int(fault.for_s))
             continue
         # Where a start takes longer than faults are apart, each engine would be struck as soon as it is up, and nothing
-        # could ever get on: an engine that had to be waited for is left alone for a while.
-        if server.metric("morph_engine_up") != 1:
-            _find(server, "engine")
-            if over.wait(weather.every_s / 2):
-                return
+        # could ever get on: an engine that had to be waited for is left alone for a while. After a fault that is late
+        # the metric may still speak of the engine before.
+        late = time.monotonic() - (began + fault.at_s) > LATE_S
+        if (late or server.metric("morph_engine_up") != 1) and not _rest(server, weather.every_s / 2, over):
+            return
         pid, now = _find(server, "stub" if fault.what == "stop stub" else "engine"), time.monotonic()
         try:
             os.kill(pid, DEADLY.get(fault.what, signal.SIGSTOP))
@@ -78,7 +82,17 @@ def _disturb(
             _await_wedge(server, pid, report)
         else:
             over.wait(fault.for_s)
-            os.kill(pid, signal.SIGCONT)
+            _let_go(pid, report)
+
+
+def _rest(server: TritonServer, for_s: float, over: threading.Event) -> bool:
+    """Wait for an engine that is still up after so long; False if the storm is over before."""
+    while True:
+        engine = _find(server, "engine")
+        if over.wait(for_s):
+            return False
+        if server.metric("morph_engine_up") == 1 and _find(server, "engine") == engine:
+            return True
 
 
 def _find(server: TritonServer, name: str) -> int:
@@ -89,8 +103,17 @@ def _find(server: TritonServer, name: str) -> int:
         found.update(check.processes(server) if server.metric("morph_engine_up") == 1 else {})
         return name in found
 
-    until(look, 60.0, f"the {name}")
+    until(look, LONGEST_ABSENCE_S, f"the {name}")
     return found[name]
+
+
+def _let_go(pid: int, report: Report) -> None:
+    """Let a stopped process go on. If it is gone, it was late before, and all that together too long for the server."""
+    try:
+        os.kill(pid, signal.SIGCONT)
+    except ProcessLookupError:
+        report.ended_engines += 1
+        report.own_faults_s.append(time.monotonic())
 
 
 def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:

@@ -155,3 +155,24 @@ def test_an_engine_that_is_given_up_ends_every_stream_and_the_server(tmp_path: P
         assert not list(tmp_path.glob("morphserve-*"))
     finally:
         server.stop()
+
+
+def test_who_waits_when_the_engine_is_given_up_gets_its_error_at_once(tmp_path: Path) -> None:
+    """In the engine, in execute() and in Triton's queue."""
+    environment = {
+        "MORPH_MODEL_REPOSITORY": str(real_repository(tmp_path / "repository", ENGINE_RESTARTS="0")),
+        "MORPH_MODE": "off",
+        "MORPH_MAX_NUM_SEQS": "2",
+    }
+    server = TritonServer(tmp_path, environment)
+    try:
+        server.wait_ready(120).wait_metrics()
+        streams = [GrpcStream(server).ask("The sea", {**GREEDY, "max_tokens": 1500}) for _ in range(12)]
+        until(lambda: server.metric("nv_inference_pending_request_count", model="morph") >= 3, what="a backlog")
+        os.kill(engine_of(server), signal.SIGKILL)
+        lasts = [stream.rest(100)[-1] for stream in streams]
+        assert all("unhealthy vLLM engine: The engine process ended" in last.error for last in lasts)
+        assert server.process.wait(100) == 1
+        assert "The server ends because its engine has: The engine process ended unexpectedly." in server.output()
+    finally:
+        server.stop()

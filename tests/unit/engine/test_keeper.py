@@ -20,6 +20,7 @@ from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.engine.handle import KeeperSettings
 from morph_runtime.engine.keeper import EngineKeeper
 from morph_runtime.engine.messages import EngineInfo, SamplingParams, StepOutput, StructuredOutputs, Submit
+from morph_runtime.engine.patience import OUTSIDE_FACTOR
 from morph_runtime.errors import EngineDown
 
 FAST = KeeperSettings(restarts=3, pause_s=0.01, start_timeout_s=110)
@@ -235,18 +236,15 @@ def test_what_came_during_a_restart_is_served_and_what_was_cancelled_is_acknowle
 
 
 class Broken:
-    """A handle whose first engine starts and whose later ones do not."""
+    """A handle whose engine starts, or does not: then it has failed of itself, or somebody has ended it."""
 
-    starts = 0
-
-    def __init__(self, listener: EngineListener) -> None:
-        self.listener = listener
-        self.ended_from_outside = True
+    def __init__(self, listener: EngineListener, failure: str, outside: bool) -> None:
+        self.listener, self._failure = listener, failure
+        self.ended_from_outside = outside
 
     def start(self, timeout_s: float = 0.0) -> EngineInfo:
-        Broken.starts += 1
-        if Broken.starts > 1:
-            raise EngineDown(f"No luck, attempt {Broken.starts}.")
+        if self._failure:
+            raise EngineDown(self._failure)
         return None  # type: ignore[return-value]
 
     def submit(self, request: Submit) -> None: ...
@@ -255,24 +253,56 @@ class Broken:
     def close(self, drain_s: float = 0.0) -> None: ...
 
 
-def test_an_engine_that_does_not_come_back_is_given_up() -> None:
-    Broken.starts = 0
-    hearer = Hearer()
-    made: list[Broken] = []
+class Failing:
+    """A keeper whose first engine starts and is killed; `fails` says of each later start, counted from 1, whether it
+    is `ended` from outside, is `bad`, or goes well (empty text)."""
 
-    def make(listener: EngineListener) -> Broken:
-        made.append(Broken(listener))
-        return made[-1]
+    def __init__(self, fails: Callable[[int], str]) -> None:
+        self.hearer, self.made = Hearer(), 0
+        self._fails, self._first = fails, None
+        settings = KeeperSettings(restarts=FAST.restarts, pause_s=0.0)
+        self.keeper = EngineKeeper(self._make, self.hearer, settings)  # type: ignore[arg-type]
+        self.keeper.start()
+        self.keeper.submit(Submit(key=1, prompt=[1], sampling=LONG))
+        self._first.listener.on_down("killed")  # type: ignore[attr-defined]
 
-    keeper = EngineKeeper(make, hearer, FAST)  # type: ignore[arg-type]
-    keeper.start()
-    keeper.submit(Submit(key=1, prompt=[1], sampling=LONG))
-    made[0].listener.on_down("killed")
-    hearer.wait(lambda: hearer.down)
-    assert hearer.down == ["No luck, attempt 4."] and len(made) == 1 + FAST.restarts
-    with pytest.raises(EngineDown, match="No luck, attempt 4"):
-        keeper.submit(Submit(key=2, prompt=[1], sampling=LONG))
-    keeper.close()
+    def _make(self, listener: EngineListener) -> Broken:
+        at, self.made = self.made, self.made + 1
+        how = self._fails(at) if at else ""
+        made = Broken(listener, how and f"No luck ({how}), attempt {at}.", outside=how != "bad")
+        self._first = self._first or made  # type: ignore[assignment]
+        return made
+
+
+def test_an_engine_that_does_not_come_back_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    failing = Failing(lambda _at: "bad")
+    failing.hearer.wait(lambda: failing.hearer.down)
+    assert failing.hearer.down == ["No luck (bad), attempt 3."] and failing.made == 1 + FAST.restarts
+    assert "given up: 3 starts in a row have come to nothing" in caplog.text
+    with pytest.raises(EngineDown, match="attempt 3"):
+        failing.keeper.submit(Submit(key=2, prompt=[1], sampling=LONG))
+    failing.keeper.close()
+
+
+def test_engines_that_are_ended_while_they_start_do_not_end_the_server() -> None:
+    failing = Failing(lambda at: "ended" if at <= 2 * FAST.restarts else "")
+    failing.hearer.wait(lambda: failing.hearer.restarted)
+    assert failing.hearer.down == [] and failing.made == 2 + 2 * FAST.restarts
+    failing.keeper.close()
+
+
+def test_engines_that_are_always_ended_while_they_start_are_given_up_in_the_end() -> None:
+    failing = Failing(lambda _at: "ended")
+    failing.hearer.wait(lambda: failing.hearer.down)
+    assert failing.made == 1 + FAST.restarts * OUTSIDE_FACTOR
+    failing.keeper.close()
+
+
+def test_an_engine_that_fails_of_itself_between_kills_is_given_up_as_soon() -> None:
+    failing = Failing(lambda at: "bad" if at % 2 else "ended")
+    failing.hearer.wait(lambda: failing.hearer.down)
+    assert failing.hearer.down == ["No luck (bad), attempt 5."]
+    failing.keeper.close()
 
 
 def test_an_engine_that_is_being_restarted_can_be_closed(folder: Path, keeping: Callable[..., Keeping]) -> None:

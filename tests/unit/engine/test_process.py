@@ -148,6 +148,22 @@ def test_an_engine_that_is_closed_while_it_starts_is_down_and_gone(
     assert recorder.down == []
 
 
+@pytest.mark.parametrize(
+    ("end", "outside"),
+    [("kill -KILL $$", True), ("kill -TERM $$", True), ("kill -SEGV $$", False), ("exit 1", False), ("exit 0", False)],
+)
+def test_a_start_that_somebody_has_ended_is_told_from_one_that_fails_of_itself(
+    folder: Path, recorder: Recorder, tmp_path: Path, end: str, outside: bool
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{end}\n")
+    python.chmod(0o755)
+    made = EngineClient(config_for(folder), recorder, python=str(python))
+    with pytest.raises(EngineDown, match=r"ended while starting \(exit status"):
+        made.start(110)
+    assert made.ended_from_outside is outside
+
+
 def test_a_budget_that_cannot_hold_the_model_is_one_sentence_with_the_least_that_can(
     folder: Path, recorder: Recorder
 ) -> None:
