@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from morph_runtime.engine.core import Engine
 from morph_runtime.engine.messages import SamplingParams, StepOutput, Submit
@@ -72,11 +73,11 @@ class Driver:
         """Tokens that the KV cache holds at the present level."""
         return self.engine.parts.pool.capacity * self.engine.parts.config.memory.block_tokens
 
-    def submit(self, prompt_len: int, output_len: int, **choice: float) -> int:
+    def submit(self, prompt_len: int, output_len: int, **choice: Any) -> int:
         """One request of random tokens that runs to its limit; greedy unless `choice` (SamplingParams) says else."""
         self._key += 1
         prompt = self._random.choices(range(self.engine.parts.spec.vocab), k=prompt_len)
-        sampling = SamplingParams(**{"temperature": 0.0, **choice}, max_tokens=output_len, ignore_eos=True)  # type: ignore[arg-type]
+        sampling = SamplingParams(**{"temperature": 0.0, **choice}, max_tokens=output_len, ignore_eos=True)
         self.engine.submit(Submit(key=self._key, prompt=prompt, sampling=sampling, arrival_s=time.monotonic()))
         self.running.add(self._key)
         return self._key

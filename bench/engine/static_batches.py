@@ -12,11 +12,12 @@ from engine_driver import Driver, gaps_ms, spread
 from long_contexts import filling
 
 from morph_runtime.engine.core import Engine
+from morph_runtime.sampling.shape import MOST_ENTRIES
 
 Row = dict[str, Any]
 
 
-def batch_row(driver: Driver, batch: int, prompt: int, output: int, **choice: float) -> Row:
+def batch_row(driver: Driver, batch: int, prompt: int, output: int, **choice: Any) -> Row:
     """A static batch: inter-token latency while all of it decodes."""
     preempted = driver.engine.parts.scheduler.preemptions
     for _ in range(batch):
@@ -105,12 +106,16 @@ def mixed(bench: Bench, rung: str) -> Row:
 
 
 def sampled(bench: Bench) -> dict[str, Row]:
-    """Drawn on the GPU; by the host's sampler, which waits for it."""
+    """Plain rows; rows that the GPU shapes before it draws; rows of the host's sampler, which waits for it."""
     bench.engine.set_level(0)
-    choices: dict[str, dict[str, float]] = {
-        "temperature": {"temperature": 1.0}, "top_p": {"temperature": 1.0, "top_p": 0.9},
-    }  # fmt: skip
     scale = bench.scale
+    drawn, least = {"temperature": 1.0}, {"min_tokens": scale.output // 2, "stop_token_ids": (5,)}
+    choices: dict[str, dict[str, Any]] = {
+        "greedy": {}, "temperature": drawn, "top_p": drawn | {"top_p": 0.9}, "top_k": drawn | {"top_k": 50},
+        "min_p": drawn | {"min_p": 0.05}, "min_tokens": least, "both": drawn | {"top_p": 0.9, "top_k": 50},
+        "all": drawn | least | {"top_p": 0.9, "top_k": 50, "logit_bias": ((17, 1.5), (23, -100.0))},
+        "host": drawn | {"top_p": 0.9, "logit_bias": tuple((token, 0.1) for token in range(MOST_ENTRIES + 1))},
+    }  # fmt: skip
     return {
         name: batch_row(bench.driver, scale.batch, scale.prompt, scale.output // 2, **choice)
         for name, choice in choices.items()

@@ -6,7 +6,7 @@ stays on the device: the sampler writes into a buffer from which the next step's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from morph_runtime.engine.cuda_graphs import GraphSet, coarse_sizes, coarse_steps, graph_sizes, next_size, step_sizes
-from morph_runtime.engine.cuda_inputs import StepInputs
+from morph_runtime.engine.cuda_inputs import StepInputs, fill_shapes
 from morph_runtime.engine.cuda_pieces import StepPieces
 from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
 from morph_runtime.engine.runner import Done, Launched, StepRunner
@@ -25,6 +25,7 @@ from morph_runtime.models.batch import HostBatch
 from morph_runtime.morph.swapper import LayerSwapper
 from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampled, Sampler
+from morph_runtime.sampling.shape import Entries, ways
 from morph_runtime.weights.bound import LayerWeights
 
 SAMPLER_ROWS = 16
@@ -69,6 +70,7 @@ class CudaRunner(StepRunner):
         inputs: StepInputs,
         swapper: LayerSwapper,
         sampler: Sampler,
+        eos: Sequence[int],
         graphs: GraphSet | None,
     ) -> None:
         """Put the parts together.
@@ -77,11 +79,12 @@ class CudaRunner(StepRunner):
             pieces: of a step.
             inputs: static buffers of a step.
             swapper: knows the layers of the next step.
-            sampler: for rows that ask for more than a plain draw.
+            sampler: for rows that ask for more than the device can do.
+            eos: tokens that end an output.
             graphs: empty, to be filled by `capture`; None: nothing is captured, each piece is launched by itself.
         """
         self._pieces, self._inputs = pieces, inputs
-        self._swapper, self._sampler, self._graphs = swapper, sampler, graphs
+        self._swapper, self._sampler, self._eos, self._graphs = swapper, sampler, tuple(eos), graphs
         most = len(pieces.sampled)
         self._batch_sizes = graph_sizes(most)
         self._row_sizes = coarse_sizes(self._batch_sizes)
@@ -102,10 +105,10 @@ class CudaRunner(StepRunner):
 
     def launch(self, batch: HostBatch, rows: Sequence[SamplingRow], previous: Launched | None) -> Launched:
         """See `StepRunner.launch`."""
-        plain = all(map(_is_simple, rows))
+        found = ways(rows, self._eos)
         # Rows that score a prompt come last, whichever sequence they are of: only with them is another order.
         decodes = batch.all_decodes and len(rows) == batch.num_sequences
-        decodes = decodes and (plain or bool((np.diff(batch.logits_at) > 0).all()))
+        decodes = decodes and (not found.special or bool((np.diff(batch.logits_at) > 0).all()))
         rungs = self._swapper.rungs
         rung = rungs[0] if len(set(rungs)) == 1 else None
         if decodes:
@@ -114,11 +117,17 @@ class CudaRunner(StepRunner):
             if rung is not None and not self._pieces.attention.is_usual(batch):
                 rung = None  # layer by layer, where there is room for all
             size = next_size(self._coarse_steps if rung is None else self._step_sizes, batch.num_tokens)
-        self._fill(batch, rows, size, planned=not decodes)
+        self._fill(batch, rows, found.shaped, size, planned=not decodes)
         with torch.inference_mode():
-            logits = self._decode(size, rung, plain) if decodes else self._step(size, rung, len(rows), plain)
-            if logits is not None and rows:
-                return Done(self._sample_both(logits[: len(rows)], rows))
+            if decodes:
+                self._decode(size, rung)
+            else:
+                self._step(size, rung, len(rows))
+            if found.shaped:
+                padded = next_size(self._row_sizes, len(rows))
+                self._run(("shaped", padded), self._pieces.choose_shaped, padded)
+            if found.special:
+                return Done(self._sample_special(rows, found.special))
             self._turn = (self._turn + 1) % RESULTS
             result = self._results[self._turn][: len(rows)]
             result.copy_(self._pieces.sampled[: len(rows)], non_blocking=True)
@@ -134,7 +143,9 @@ class CudaRunner(StepRunner):
 
     # -- what a step enqueues ------------------------------------------------------------------------------------
 
-    def _fill(self, batch: HostBatch, rows: Sequence[SamplingRow], size: int, *, planned: bool) -> None:
+    def _fill(
+        self, batch: HostBatch, rows: Sequence[SamplingRow], shaped: Mapping[int, Entries], size: int, *, planned: bool
+    ) -> None:
         """Write the inputs, padded to `size` tokens, and send them on their way."""
         host, count, sequences = self._inputs.host(), batch.num_tokens, batch.num_sequences
         for name, values, padding in (
@@ -151,9 +162,11 @@ class CudaRunner(StepRunner):
             host["temperatures"][: len(rows)] = [row.params.temperature if row.draws else 0.0 for row in rows]
             host["seeds"][: len(rows)] = [row.draw_seed for row in rows]
             host["draws"][: len(rows)] = [row.output_len for row in rows]
+        if shaped:
+            fill_shapes(host, rows, shaped, next_size(self._row_sizes, len(rows)))
         if planned:
             self._pieces.attention.plan(batch, host, size)
-        self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)))
+        self._inputs.upload(sequences, int(batch.block_counts.max(initial=0)), shapes=bool(shaped))
 
     def _decode_size(self, rows: int, rung: Rung | None) -> int:
         """What a batch of decodes is padded to."""
@@ -161,22 +174,19 @@ class CudaRunner(StepRunner):
             return rows
         return next_size(self._batch_sizes if rung == "full" else self._row_sizes, rows)
 
-    def _decode(self, size: int, rung: Rung | None, plain: bool) -> Tensor | None:
-        """A step of decodes with all layers at `rung`, or at several (None); the logits unless `plain`."""
+    def _decode(self, size: int, rung: Rung | None) -> None:
+        """A step of decodes with all layers at `rung`, or at several (None)."""
         pieces, layers = self._pieces, self._swapper.layers
         if rung is not None:
             self._run((size, rung), pieces.decode_step, size, layers)
-            return None if plain else pieces.head(size)
+            return
         self._run((size, "embed"), pieces.embed, size)
         for layer in layers:
             self._run((size, layer.layer, layer.rung), pieces.decode_layer, size, layer)
-        if plain:
-            self._run((size, "head"), self._head, size)
-            return None
-        return pieces.head(size)
+        self._run((size, "head"), pieces.head, size)
 
-    def _step(self, size: int, rung: Rung | None, rows: int, plain: bool) -> Tensor | None:
-        """Any other step, padded to `size` tokens; the logits of `rows` rows unless `plain`.
+    def _step(self, size: int, rung: Rung | None, rows: int) -> None:
+        """Any other step, padded to `size` tokens, with logits of `rows` rows.
 
         It comes in one piece if all layers are at `rung` and it finds place in the usual room; if `rung` is None, layer
         by layer, in the largest.
@@ -192,13 +202,9 @@ class CudaRunner(StepRunner):
             for layer in layers[:-1]:
                 self._run(("step", size, layer.layer, layer.rung), pieces.layer, size, most, layer)
             self._run(("step", size, "last", last.rung), pieces.last_attention, size, most, last)
-        if not rows:
-            return None
-        padded = next_size(self._row_sizes, rows)
-        if plain:
-            self._run(("tail", padded, last.rung), self._tail, padded, last)
-            return None
-        return pieces.tail(padded, last)
+        if rows:
+            padded = next_size(self._row_sizes, rows)
+            self._run(("tail", padded, last.rung), pieces.tail, padded, last)
 
     def _run(self, key: tuple[object, ...], piece: Callable[..., None], *arguments: Any) -> None:
         """A piece of a step, out of its graph where there are graphs."""
@@ -207,21 +213,12 @@ class CudaRunner(StepRunner):
         else:
             self._graphs.replay(key)
 
-    def _head(self, size: int) -> None:
-        self._pieces.choose(self._pieces.head(size))
-
-    def _tail(self, rows: int, layer: LayerWeights) -> None:
-        self._pieces.choose(self._pieces.tail(rows, layer))
-
-    def _sample_both(self, logits: Tensor, rows: Sequence[SamplingRow]) -> Sampled:
-        """Rows that the device can draw are drawn there, so that their company changes nothing; the others on the host.
-
-        Waits for the device; logits [rows, vocab].
+    def _sample_special(self, rows: Sequence[SamplingRow], special: Sequence[int]) -> Sampled:
+        """Sample the rows at the places `special` on the host; the others were drawn on the device, so that their
+        company changes nothing. Waits for the device.
         """
-        sampled = self._pieces.sampled[: len(rows)]
-        self._pieces.choose(logits)
+        sampled, logits = self._pieces.sampled[: len(rows)], self._pieces.logits
         tokens: list[int] = sampled.tolist()
-        special = [at for at, row in enumerate(rows) if not _is_simple(row)]
         found = self._sample(logits[torch.tensor(special, device=logits.device)], [rows[at] for at in special])
         for at, token in zip(special, found.tokens, strict=True):
             tokens[at] = token
@@ -257,7 +254,7 @@ class CudaRunner(StepRunner):
                 pieces.embed(size)
                 for kind in kinds:
                     pieces.decode_layer(size, kind)
-                self._head(size)
+                pieces.head(size)
             for size in self._step_sizes:
                 self._nothing(size, planned=True)
                 pieces.embed(size)
@@ -266,14 +263,15 @@ class CudaRunner(StepRunner):
                         pieces.layer(size, room, kind)
                         pieces.last_attention(size, room, kind)
             for rows in self._row_sizes:
-                self._tail(rows, kinds[0])
+                pieces.tail(rows, kinds[0])
+                pieces.choose_shaped(rows)
 
     def rehearse(self) -> None:
         """Sample as only the host can, so that what it needs is there, in memory too."""
         batch = self._batch_sizes[-1]
         params = SamplingParams(temperature=1.0, top_p=0.9, top_k=20, min_p=0.01, logprobs=1)
         with torch.inference_mode():
-            self._sample_both(self._pieces.head(batch), [SamplingRow(params, Blank()) for _ in range(batch)])
+            self._sample_special([SamplingRow(params, Blank()) for _ in range(batch)], range(batch))
 
     def capture(
         self, stream: torch.cuda.Stream, bind: Callable[[int, Rung], LayerWeights], rungs: Sequence[Rung]
@@ -311,10 +309,11 @@ class CudaRunner(StepRunner):
                     if coarse:
                         for layer in layers:
                             take((size, layer.layer, rung), work=partial(pieces.decode_layer, size, layer))
-                        take(("tail", size, rung), work=partial(self._tail, size, layers[-1]))
+                        take(("tail", size, rung), work=partial(pieces.tail, size, layers[-1]))
                 if coarse:
                     take((size, "embed"), work=partial(pieces.embed, size))
-                    take((size, "head"), work=partial(self._head, size))
+                    take((size, "head"), work=partial(pieces.head, size))
+                    take(("shaped", size), work=partial(pieces.choose_shaped, size))
 
     def _nothing(self, size: int, *, planned: bool = False) -> None:
         """Inputs of padding alone: sequences that are not there, tokens that are stored nowhere."""
@@ -322,14 +321,9 @@ class CudaRunner(StepRunner):
         for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("contexts", 0)):
             host[name][:size] = value
         host["temperatures"][:], host["logits_at"][:] = 1.0, 0
+        fill_shapes(host, (), {}, len(host["temperatures"]))
         if planned:
             nothing, empty = np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int32)
             batch = HostBatch(nothing, nothing, nothing, empty, empty, empty, empty, nothing)
             self._pieces.attention.plan(batch, host, size)
-        self._inputs.upload(min(size, len(self._pieces.sampled)), 0)
-
-
-def _is_simple(row: SamplingRow) -> bool:
-    """Whether the device can draw this row's token alone."""
-    params = row.params
-    return row.plain and (not row.draws or (params.top_p >= 1 and params.top_k <= 0 and params.min_p <= 0))
+        self._inputs.upload(min(size, len(self._pieces.sampled)), 0, shapes=True)

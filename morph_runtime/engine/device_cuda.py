@@ -167,9 +167,11 @@ class CudaDevice(EngineDevice):
         dtype = parts.model.slots.dtype
         attention = StepAttention(spec, parts.cache, inputs, parts.max_model_len, dtype)
         hidden = torch.zeros(tokens, spec.hidden, dtype=dtype, device=self._device)
+        logits = torch.zeros(sequences, spec.vocab, dtype=dtype, device=self._device)
         sampler = Sampler(spec.eos_ids, self._device, cpu_threads(config))
         graphs = GraphSet() if config.kernels.graphs else None
-        runner = CudaRunner(StepPieces(decoder, attention, inputs, hidden), inputs, parts.swapper, sampler, graphs)
+        pieces = StepPieces(decoder, attention, inputs, hidden, logits)
+        runner = CudaRunner(pieces, inputs, parts.swapper, sampler, spec.eos_ids, graphs)
         self._note("before warm-up", parts.arena)
         rungs = parts.model.slots.rungs
         for rung in rungs:

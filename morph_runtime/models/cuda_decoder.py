@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -141,19 +142,22 @@ class CudaDecoder:
         gate_up = self._run(layer.gate_up, x)
         return self._run(layer.down, swiglu(gate_up, fp8=layer.down.kernel.wants_fp8(rows)))
 
-    def head(self, hidden: Tensor, delta: Tensor | None) -> Tensor:
+    def head(self, hidden: Tensor, delta: Tensor | None, out: Tensor | None = None) -> Tensor:
         """The logits of tokens.
 
         Args:
             hidden: [R, hidden]; `delta` is added in place.
             delta: [R, hidden] or None.
+            out: [R, vocab] of the activations' type; None: a new one.
 
         Returns:
-            [R, vocab] of the activations' type.
+            `out`.
         """
         x = add_norm(hidden, delta, self._static.final_norm, self._spec.norm_eps)
         assert isinstance(x, Tensor)
-        return F.linear(x, self._static.lm_head)
+        if out is None:
+            return F.linear(x, self._static.lm_head)
+        return torch.mm(x, self._static.lm_head.t(), out=out)
 
     def _run(self, linear: BoundLinear, x: Tensor | Fp8Rows) -> Tensor:
         """x W^T + b; quantizes what has not been quantized on the way."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.sampling.penalties import PenaltyState
 from morph_runtime.structured.matcher import GrammarMatcher
+
+if TYPE_CHECKING:
+    from morph_runtime.sampling.shape import RowShape
 
 GREEDY_BELOW = 1e-5
 """A temperature under this means the most likely token, as in vLLM."""
@@ -28,6 +31,7 @@ class SamplingRow:
 
     Attributes:
         draws: a token is drawn, not the most likely taken.
+        truncates: it is drawn from some tokens alone: those that top_p, top_k and min_p leave.
         draw_seed: for devices that draw by counter; the request's seed, or a random one.
         adjusts: bans, bias or penalties change the logits before a token is chosen.
         scored: log probabilities are asked for.
@@ -36,6 +40,7 @@ class SamplingRow:
         plain: none of these but `draws`.
         given: the token that follows, if that is known; None to choose one.
         needs_values: choosing the next token takes the values of those before it, not only their number.
+        shape: what a device keeps of it (`sampling.shape`); None before it is asked for.
     """
 
     __slots__ = (
@@ -50,6 +55,8 @@ class SamplingRow:
         "plain",
         "scored",
         "sequence",
+        "shape",
+        "truncates",
     )
 
     def __init__(
@@ -65,6 +72,8 @@ class SamplingRow:
         self.matcher = matcher
         self.penalties = PenaltyState() if _is_penalised(params) else None
         self.draws = params.temperature >= GREEDY_BELOW
+        self.truncates = self.draws and (params.top_p < 1 or params.top_k > 0 or params.min_p > 0)
+        self.shape: RowShape | None = None
         seed = params.seed if params.seed is not None else int.from_bytes(os.urandom(8), "little")
         self.draw_seed = seed & (2**63 - 1)
         self.scored = params.logprobs is not None or params.score

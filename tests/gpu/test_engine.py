@@ -13,6 +13,8 @@ from engine.conftest import make_model, run_all, submit
 from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.core import Engine
+from morph_runtime.engine.cuda_runner import Enqueued
+from morph_runtime.engine.runner import Launched
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["gqa", "mha"])
@@ -89,7 +91,7 @@ def test_a_seeded_row_draws_the_same_beside_rows_that_the_host_samples(model: Pa
     for beside in (False, True):
         submit(engine, 1, [9, 4, 17] * 6, 20, temperature=1.0, seed=11)
         if beside:
-            submit(engine, 2, [8] * 30, 20, temperature=0.8, top_p=0.9, seed=3)
+            submit(engine, 2, [8] * 30, 20, temperature=0.8, presence_penalty=0.5, seed=3)
         tokens.append(run_all(engine)[1])
     assert tokens[0] == tokens[1]
 
@@ -159,8 +161,86 @@ def test_rows_that_only_the_host_can_sample_run_beside_plain_ones(model: Path, e
     for one in (engine, cpu):
         submit(one, 1, [5] * 10, 12)
         submit(one, 2, [6] * 30, 12, repetition_penalty=1.2)
-        submit(one, 3, [7] * 30, 12, temperature=0.8, top_p=0.9, seed=3)
+        submit(one, 3, [7] * 30, 12, temperature=0.8, frequency_penalty=0.1, seed=3)
         submit(one, 4, [8] * 30, 12, logprobs=3)
     on_gpu, on_cpu = run_all(engine), run_all(cpu)
     assert [on_gpu[key] for key in (1, 2, 4)] == [on_cpu[key] for key in (1, 2, 4)]
     assert len(on_gpu[3]) == 12
+
+
+SHAPED: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.8, "top_p": 0.9, "seed": 3}, {"temperature": 1.0, "top_k": 20, "min_p": 0.01, "seed": 4},
+    {"temperature": 0.0, "min_tokens": 12, "ignore_eos": False}, {"temperature": 0.0, "logit_bias": ((7, 4.0),)},
+    {"temperature": 1.0, "top_p": 0.5, "bad_word_ids": ((5,), (6,)), "seed": 5}, {"temperature": 1.0, "seed": 6},
+)  # fmt: skip
+
+
+def shaped_outputs(engine: Engine, beside: bool = False) -> list[list[int]]:
+    for key, choice in enumerate(SHAPED):
+        submit(engine, key, [(7 * key + 3 * i) % 190 + 1 for i in range(5 + 4 * key)], 20, **choice)
+    if beside:
+        submit(engine, 90, [8] * 30, 20, logprobs=3)
+    found = run_all(engine)
+    return [found[key] for key in range(len(SHAPED))]
+
+
+def test_rows_with_top_p_bans_and_the_like_give_the_same_tokens_with_and_without_graphs_and_overlap(
+    model: Path, engines: Engines
+) -> None:
+    made = [
+        engines.make(model, kernels={"graphs": graphs}, overlap=overlap)
+        for graphs in (True, False) for overlap in ("on", "off")
+    ]  # fmt: skip
+    outputs_of = [shaped_outputs(engine) for engine in made]
+    assert all(found == outputs_of[0] for found in outputs_of)
+    assert shaped_outputs(made[0]) == outputs_of[0], "a seed draws anew"
+    cpu = shaped_outputs(engines.make(model, "cpu"))
+    assert [outputs_of[0][at] for at in (2, 3)] == [cpu[at] for at in (2, 3)]
+
+
+@pytest.mark.parametrize("level", [0, 3, 8])
+def test_graphs_change_no_token_of_a_shaped_row_at_any_level(model: Path, engines: Engines, level: int) -> None:
+    """One request at a time, so that both pad to the same number of rows."""
+    tokens = []
+    for graphs in (True, False):
+        engine = engines.make(model, dtype="bfloat16", kernels={"graphs": graphs})
+        engine.set_level(level)
+        for key, choice in enumerate(SHAPED):
+            submit(engine, key, [5, 9, 23, key + 1] * 5, 20, **choice)
+            tokens.append((graphs, run_all(engine)[key]))
+    assert [found for graphs, found in tokens if graphs] == [found for graphs, found in tokens if not graphs]
+
+
+def test_a_shaped_row_draws_the_same_beside_rows_that_the_host_samples(model: Path, engines: Engines) -> None:
+    engine = engines.make(model)
+    assert shaped_outputs(engine) == shaped_outputs(engine, beside=True)
+
+
+def test_the_host_does_not_wait_for_shaped_rows(model: Path, engines: Engines) -> None:
+    engine = engines.make(model)
+    runner, kinds = engine.parts.runner, set()
+    launch = runner.launch
+
+    def watched(*arguments: Any) -> Launched:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            launched = launch(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        kinds.add(type(launched))
+        return launched
+
+    runner.launch = watched  # type: ignore[method-assign]
+    shaped_outputs(engine)
+    assert kinds == {Enqueued}
+
+
+def test_nothing_ends_before_its_minimum(model: Path, engines: Engines) -> None:
+    engine = engines.make(model)
+    prompt = [11, 29, 3] * 5
+    submit(engine, 1, prompt, 20)
+    first = run_all(engine)[1][0]
+    submit(engine, 2, prompt, 20, stop_token_ids=(first,))
+    submit(engine, 3, prompt, 20, stop_token_ids=(first,), min_tokens=6)
+    found = run_all(engine)
+    assert found[2] == [first] and len(found[3]) >= 6 and first not in found[3][:6]

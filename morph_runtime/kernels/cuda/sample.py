@@ -27,7 +27,7 @@ def _log2(x: tl.tensor, APPROXIMATE: tl.constexpr) -> tl.tensor:
 
 
 @kernel
-def _gumbel(bits: tl.tensor, APPROXIMATE: tl.constexpr) -> tl.tensor:
+def gumbel(bits: tl.tensor, APPROXIMATE: tl.constexpr) -> tl.tensor:
     """-log(E) with E exponential, from 32 random bits; fine steps where E is small, since that is what wins."""
     uniform = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # bits * 2^-32, below 1
     # -log(1 - u): for small u, where 1 - u in float32 has lost its digits, a series.
@@ -53,14 +53,16 @@ def _scan(
     positions: tl.tensor,
     best: tl.tensor,
     best_token: tl.tensor,
+    cuts: tl.tensor,
     stride: tl.tensor,
     vocab: tl.tensor,
     parts: tl.tensor,
     QUARTER: tl.constexpr,
     ROUNDS: tl.constexpr,
     APPROXIMATE: tl.constexpr,
+    CUT: tl.constexpr,
 ) -> None:
-    """The best token of a part of a row."""
+    """The best token of a part of a row; with CUT, of those that reach the row's cut."""
     row = tl.program_id(0)
     part = tl.program_id(1)
     lane = tl.arange(0, QUARTER)
@@ -75,6 +77,12 @@ def _scan(
     x1 = tl.load(place + t1, mask=t1 < vocab, other=float("-inf")).to(tl.float32)
     x2 = tl.load(place + t2, mask=t2 < vocab, other=float("-inf")).to(tl.float32)
     x3 = tl.load(place + t3, mask=t3 < vocab, other=float("-inf")).to(tl.float32)
+    if CUT:
+        cut = tl.load(cuts + row)
+        x0 = tl.where(x0 >= cut, x0, float("-inf"))
+        x1 = tl.where(x1 >= cut, x1, float("-inf"))
+        x2 = tl.where(x2 >= cut, x2, float("-inf"))
+        x3 = tl.where(x3 >= cut, x3, float("-inf"))
     if temperature > 0.0:
         seed = tl.load(seeds + row)
         position = tl.load(positions + row)
@@ -84,10 +92,10 @@ def _scan(
         c1 = zero + position.to(tl.int32)  # the lower half
         c2 = zero + (position >> 32).to(tl.int32)
         b0, b1, b2, b3 = tl.philox(seed, counter, c1, c2, zero, ROUNDS)
-        x0 = x0 * colder + _gumbel(b0, APPROXIMATE)
-        x1 = x1 * colder + _gumbel(b1, APPROXIMATE)
-        x2 = x2 * colder + _gumbel(b2, APPROXIMATE)
-        x3 = x3 * colder + _gumbel(b3, APPROXIMATE)
+        x0 = x0 * colder + gumbel(b0, APPROXIMATE)
+        x1 = x1 * colder + gumbel(b1, APPROXIMATE)
+        x2 = x2 * colder + gumbel(b2, APPROXIMATE)
+        x3 = x3 * colder + gumbel(b3, APPROXIMATE)
     # What is not a number is as bad as -inf.
     x0 = tl.where(x0 == x0, x0, float("-inf"))
     x1 = tl.where(x1 == x1, x1, float("-inf"))
@@ -112,6 +120,35 @@ def _choose(best: tl.tensor, best_token: tl.tensor, out: tl.tensor, parts: tl.te
     tl.store(out + row, tl.min(tl.where(value == tl.max(value, 0), token, 0x7FFFFFFF), 0).to(tl.int64))
 
 
+class Scan:
+    """The two kernels that choose: the best of each part of a row, and the best of these."""
+
+    def __init__(self, logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, more: int = 0) -> None:
+        """Arguments and errors as of `sample`; `more` parts of each row, the last ones, are filled by someone else."""
+        rows, vocab = logits.shape
+        if logits.stride(1) != 1:
+            raise ValueError(f"Logits have strides {logits.stride()}: rows must be contiguous.")
+        if min(len(temperatures), len(seeds), len(positions)) < rows:
+            raise ValueError(f"{rows} rows of logits need as many temperatures, seeds and positions.")
+        if (temperatures.dtype, seeds.dtype, positions.dtype) != (torch.float32, torch.int64, torch.int64):
+            raise ValueError("Temperatures must be float32, seeds and positions int64.")
+        self._logits, self._draws = logits, (temperatures, seeds, positions)
+        self._own = -(-vocab // (4 * QUARTER))
+        self.parts = self._own + more
+        self.best = torch.empty(rows, self.parts, dtype=torch.float32, device=logits.device)
+        """The largest score of each part, with its noise"""
+        self.best_token = torch.empty(rows, self.parts, dtype=torch.int32, device=logits.device)
+
+    def choose(self, cuts: Tensor | None, out: Tensor) -> None:
+        """Into `out` (int64 [S]); of scores below a row's cut (float32 [S]) none is chosen."""
+        logits, (rows, vocab) = self._logits, self._logits.shape
+        _scan[(rows, self._own)](
+            logits, *self._draws, self.best, self.best_token, self.best if cuts is None else cuts, logits.stride(0),
+            vocab, self.parts, QUARTER, ROUNDS, logits.is_cuda, cuts is not None, num_warps=4,
+        )  # fmt: skip
+        _choose[(rows,)](self.best, self.best_token, out, self.parts, power_of_two(self.parts), num_warps=1)
+
+
 def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tensor, out: Tensor | None = None) -> Tensor:
     """Choose a token for each row. Can be captured in a CUDA graph.
 
@@ -128,22 +165,8 @@ def sample(logits: Tensor, temperatures: Tensor, seeds: Tensor, positions: Tenso
     Raises:
         ValueError: the shapes or types do not fit.
     """
-    rows, vocab = logits.shape
-    if logits.stride(1) != 1:
-        raise ValueError(f"Logits have strides {logits.stride()}: rows must be contiguous.")
-    if min(len(temperatures), len(seeds), len(positions)) < rows:
-        raise ValueError(f"{rows} rows of logits need as many temperatures, seeds and positions.")
-    if (temperatures.dtype, seeds.dtype, positions.dtype) != (torch.float32, torch.int64, torch.int64):
-        raise ValueError("Temperatures must be float32, seeds and positions int64.")
+    scan = Scan(logits, temperatures, seeds, positions)
     if out is None:
-        out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    parts = -(-vocab // (4 * QUARTER))
-    best = torch.empty(rows, parts, dtype=torch.float32, device=logits.device)
-    best_token = torch.empty(rows, parts, dtype=torch.int32, device=logits.device)
-    padded = power_of_two(parts)
-    _scan[(rows, parts)](
-        logits, temperatures, seeds, positions, best, best_token, logits.stride(0), vocab, parts,
-        QUARTER, ROUNDS, logits.is_cuda, num_warps=4,
-    )  # fmt: skip
-    _choose[(rows,)](best, best_token, out, parts, padded, num_warps=1)
+        out = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    scan.choose(None, out)
     return out

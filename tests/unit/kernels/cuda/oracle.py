@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import log
 
 import torch
 from torch import Tensor
+
+from morph_runtime.engine.messages import SamplingParams
+
+NEAR = 1e-5
+"""Of a sum of probabilities in float32."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +88,23 @@ def attention(q: Tensor, cache: Paged, starts: list[int], scale: float, window: 
         weight = score.masked_fill(~seen, float("-inf")).softmax(-1)
         out[first:last] = torch.einsum("hqk,khd->qhd", weight, v)
     return out.flatten(1)
+
+
+def kept_by(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """Which tokens of scores [vocab] must stay, and which may: they differ where float32 cannot tell. Equals stay."""
+    exact = scores.double() / params.temperature
+    must = may = exact > float("-inf")
+    if params.min_p:
+        bound = exact.max() + log(params.min_p)
+        must, may = must & (exact >= bound + NEAR), may & (exact >= bound - NEAR)
+    if 0 < params.top_k < len(exact):
+        largest = exact >= exact.topk(params.top_k).values[-1]
+        must, may = must & largest, may & largest
+    if params.top_p < 1:
+        probabilities = exact.masked_fill(~may, float("-inf")).softmax(0)
+        ordered, index = probabilities.sort(descending=True)
+        above = ordered.cumsum(0) - ordered
+        above = above[torch.searchsorted(-ordered, -ordered)]  # the first of equals speaks for all
+        before = torch.empty_like(above).scatter_(0, index, above)
+        must, may = must & (before < params.top_p - NEAR), may & (before < params.top_p + NEAR)
+    return must, may

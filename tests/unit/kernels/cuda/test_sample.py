@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from morph_runtime.kernels.cuda.jit import kernel
-from morph_runtime.kernels.cuda.sample import QUARTER, ROUNDS, _gumbel, sample
+from morph_runtime.kernels.cuda.sample import QUARTER, ROUNDS, gumbel, sample
 
 
 def draw(logits: Tensor, temperature: float | list[float], seeds: list[int], positions: list[int]) -> list[int]:
@@ -44,10 +44,10 @@ def _noise(out: tl.tensor, SIZE: tl.constexpr) -> None:
     lane = tl.arange(0, SIZE)
     zero = lane * 0
     b0, _b1, _b2, _b3 = tl.philox(tl.load(out).to(tl.int64), lane, zero, zero, zero, ROUNDS)
-    tl.store(out + lane, _gumbel(b0, False))
+    tl.store(out + lane, gumbel(b0, False))
 
 
-def test_the_noise_is_gumbel_out_to_the_tail() -> None:
+def test_the_noise_isgumbel_out_to_the_tail() -> None:
     size = 1 << 17
     noise = torch.zeros(size)
     _noise[(1,)](noise, size)
