@@ -107,6 +107,10 @@ class GraphSet:
                     gc.enable()
         self._graphs[key] = graph
 
+    def __contains__(self, key: tuple[object, ...]) -> bool:
+        """Whether there is a graph under this key."""
+        return key in self._graphs
+
     def replay(self, key: tuple[object, ...]) -> None:
         """Run a graph on the current stream; there is one under this key."""
         self._graphs[key].replay()
