@@ -172,9 +172,9 @@ class CudaDevice(EngineDevice):
         hidden = torch.zeros(tokens, spec.hidden, dtype=dtype, device=self._device)
         sampler = Sampler(spec.eos_ids, self._device, cpu_threads(config))
         graphs = GraphSet() if config.kernels.graphs else None
-        runner = CudaRunner(StepPieces(decoder, attention, inputs, hidden), inputs, parts.swapper, sampler, graphs)
+        rungs, pieces = parts.model.slots.rungs, StepPieces(decoder, attention, inputs, hidden)
+        runner = CudaRunner(pieces, inputs, parts.swapper, sampler, graphs, len(rungs))
         self._note("before warm-up", parts.arena)
-        rungs = parts.model.slots.rungs
         for rung in rungs:
             with parts.swapper.borrow(0, rung) as layer:
                 runner.warm_up(layer)
