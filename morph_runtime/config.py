@@ -154,7 +154,7 @@ class KernelSettings:
     w4: str = ""
     """Name of the W4 linear kernel."""
     graphs: bool = True
-    """On a GPU, run decodes from CUDA graphs that are captured at start; false launches every kernel anew."""
+    """On a GPU, run steps and quantize layers out of CUDA graphs captured at start; false launches every kernel."""
     threads: int = 0
     """CPU threads of the engine; 0: all cores but one, at least one."""
 

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 from bench_setup import Bench
-from engine_driver import Company, quantile, spread, timed_polls
+from engine_driver import Company, HostTime, quantile, spread, timed_host
 from kernel_trace import kernels_of, side_ms
 from memory_watch import Watch
 
 Row = dict[str, Any]
 
 
-def one(company: Company, target: int, polls: list[float]) -> Row:
+def one(company: Company, target: int, host: HostTime) -> Row:
     """Change one layer: until its pages have moved too."""
     company.ensure(40)
     engine = company.driver.engine
     alone = company.alone(5)
-    quiet = statistics.median(polls[-5:])
-    polls.clear()
+    quiet = statistics.median(host.polls[-5:])
+    host.clear()
     began, engine.parts.shifter.target = time.monotonic(), target
     flipped, gaps = 0, []
     while not flipped or engine.parts.shifter.busy:
@@ -32,8 +32,8 @@ def one(company: Company, target: int, polls: list[float]) -> Row:
             raise RuntimeError(f"level {target} was not reached in 1,000 steps")
     return {
         "to": target, "boundaries": flipped, "steps": len(gaps), "settled_ms": (time.monotonic() - began) * 1e3,
-        "host_ms": sum(polls) - quiet * len(polls), "host_max_ms": max(polls), "itl_max_ms": max(gaps),
-        "alone_p50_ms": statistics.median(alone), "added_ms": sum(gaps) - statistics.median(alone) * len(gaps),
+        **host.row(quiet), "itl_max_ms": max(gaps), "alone_p50_ms": statistics.median(alone),
+        "added_ms": sum(gaps) - statistics.median(alone) * len(gaps),
     }  # fmt: skip
 
 
@@ -44,9 +44,9 @@ def layer(bench: Bench) -> dict[str, Any]:
     first_ever = bench.engine.parts.shifter.counters.down == 0
     company = Company(bench.driver, scale.batch, scale.prompt, 600)
     company.ensure(40)
-    with timed_polls(bench.engine) as polls:
-        down = [one(company, level + 1, polls) for level in range(scale.one_by_one)]
-        up = [one(company, level, polls) for level in reversed(range(scale.one_by_one))]
+    with timed_host(bench.engine) as host:
+        down = [one(company, level + 1, host) for level in range(scale.one_by_one)]
+        up = [one(company, level, host) for level in reversed(range(scale.one_by_one))]
     bench.driver.clear()
     return {
         "first_of_all": first_ever, "down": down, "up": up,
@@ -100,7 +100,11 @@ def shift(bench: Bench) -> list[Row]:
     bench.engine.set_level(0)
     company = Company(bench.driver, bench.scale.batch, bench.scale.prompt, 400)
     deepest = len(bench.engine.parts.capacities) - 1
-    rows = [walk(company, target) for target in (bench.layers, 0, bench.layers, 0, deepest, 0)]
+    rows = []
+    with timed_host(bench.engine) as host:
+        for target in (bench.layers, 0, bench.layers, 0, deepest, 0):
+            host.clear()
+            rows.append({**walk(company, target), **host.row()})
     bench.driver.clear()
     return rows
 

@@ -154,6 +154,10 @@ def shifts(result: Row) -> str:
     if layer:
         middle = sorted(layer["down"], key=lambda row: row["host_ms"])[len(layer["down"]) // 2]
         add("one layer down: host ms, median", middle["host_ms"], 0.3)
+        if "host_map_ms" in middle:  # older results have no parts
+            parts = " / ".join(f"{middle[f'host_{name}_ms']:.2f}" for name in ("map", "unmap", "fill", "rest"))
+            moved = f"{middle['mapped_extents']} extents mapped, {middle['unmapped_extents']} unmapped"
+            rows.append((f"of these: map / unmap / fill / rest ({moved})", parts, "–"))
         add("one layer down: flipped at step boundary, latest", max(r["boundaries"] for r in layer["down"]), 2, ".0f")
         name = f"first down against number {len(layer['down'])}: host"
         add(name + ("" if layer["first_of_all"] else " (NOT the first of all)"), layer["first_to_last_host"], 1.2)

@@ -23,6 +23,11 @@ STEP_SIZES = (64, 128, 256, 384, 512)
 FINEST = 256
 """Beyond these, sizes are so many tokens apart, or a quarter of a power of two if that is more."""
 
+GRAPH_BYTES = 128 * 2**10
+"""What a graph of one layer takes of GPU memory: about 75 KB, and 4 KB a node (bench/engine)."""
+ROOMS_BYTES = 64 * 2**20
+"""What the layers' graphs with a second room may take: five sizes of a model of 32 layers and 3 rungs."""
+
 
 def graph_sizes(max_sequences: int) -> tuple[int, ...]:
     """Batch sizes to capture, ascending, at most 16 of them; a step is padded to the next.
@@ -61,6 +66,17 @@ def coarse_steps(sizes: Sequence[int]) -> tuple[int, ...]:
         if 3 * size <= 2 * kept[-1] and size > STEP_SIZES[0]:
             kept.append(size)
     return tuple(reversed(kept))
+
+
+def roomy_steps(sizes: Sequence[int], graphs: int) -> tuple[int, ...]:
+    """The largest of `coarse_steps`: their layers have a second graph, with the usual room (`cuda_attention.rooms`).
+
+    Args:
+        sizes: `coarse_steps`.
+        graphs: to be captured for a size: layers times rungs.
+    """
+    count = min(len(sizes), ROOMS_BYTES // (GRAPH_BYTES * graphs))
+    return tuple(sizes[len(sizes) - count :])
 
 
 def next_size(sizes: Sequence[int], count: int) -> int:
@@ -106,6 +122,10 @@ class GraphSet:
                 if collecting:
                     gc.enable()
         self._graphs[key] = graph
+
+    def __contains__(self, key: tuple[object, ...]) -> bool:
+        """Whether there is a graph under this key."""
+        return key in self._graphs
 
     def replay(self, key: tuple[object, ...]) -> None:
         """Run a graph on the current stream; there is one under this key."""

@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from morph_runtime.engine.cuda_graphs import GraphSet, coarse_sizes, coarse_steps, graph_sizes, next_size, step_sizes
+from morph_runtime.engine.cuda_attention import Room
+from morph_runtime.engine.cuda_graphs import (
+    GraphSet,
+    coarse_sizes,
+    coarse_steps,
+    graph_sizes,
+    next_size,
+    roomy_steps,
+    step_sizes,
+)
 from morph_runtime.engine.cuda_inputs import StepInputs, fill_shapes
 from morph_runtime.engine.cuda_pieces import StepPieces
 from morph_runtime.engine.messages import SamplingParams, TokenLogprobs
@@ -72,6 +81,7 @@ class CudaRunner(StepRunner):
         sampler: Sampler,
         eos: Sequence[int],
         graphs: GraphSet | None,
+        rungs: int,
     ) -> None:
         """Put the parts together.
 
@@ -82,6 +92,7 @@ class CudaRunner(StepRunner):
             sampler: for rows that ask for more than the device can do.
             eos: tokens that end an output.
             graphs: empty, to be filled by `capture`; None: nothing is captured, each piece is launched by itself.
+            rungs: how many a layer can be at.
         """
         self._pieces, self._inputs = pieces, inputs
         self._swapper, self._sampler, self._eos, self._graphs = swapper, sampler, tuple(eos), graphs
@@ -90,6 +101,7 @@ class CudaRunner(StepRunner):
         self._row_sizes = coarse_sizes(self._batch_sizes)
         self._step_sizes = step_sizes(pieces.max_tokens)
         self._coarse_steps = coarse_steps(self._step_sizes)
+        self._roomy_steps = frozenset(roomy_steps(self._coarse_steps, len(swapper.layers) * rungs))
         self._results = [torch.zeros(most, dtype=torch.int64, pin_memory=True) for _ in range(RESULTS)]
         self._turn = 0
 
@@ -111,10 +123,11 @@ class CudaRunner(StepRunner):
         decodes = decodes and (not found.special or bool((np.diff(batch.logits_at) > 0).all()))
         rungs = self._swapper.rungs
         rung = rungs[0] if len(set(rungs)) == 1 else None
+        usual = decodes or self._pieces.attention.is_usual(batch)
         if decodes:
             size = self._decode_size(len(rows), rung)
         else:
-            if rung is not None and not self._pieces.attention.is_usual(batch):
+            if not usual:
                 rung = None  # layer by layer, where there is room for all
             size = next_size(self._coarse_steps if rung is None else self._step_sizes, batch.num_tokens)
         self._fill(batch, rows, found.shaped, size, planned=not decodes)
@@ -122,7 +135,7 @@ class CudaRunner(StepRunner):
             if decodes:
                 self._decode(size, rung)
             else:
-                self._step(size, rung, len(rows))
+                self._step(size, rung, usual, len(rows))
             if found.shaped:
                 padded = next_size(self._row_sizes, len(rows))
                 self._run(("shaped", padded), self._pieces.choose_shaped, padded)
@@ -185,26 +198,30 @@ class CudaRunner(StepRunner):
             self._run((size, layer.layer, layer.rung), pieces.decode_layer, size, layer)
         self._run((size, "head"), pieces.head, size)
 
-    def _step(self, size: int, rung: Rung | None, rows: int) -> None:
+    def _step(self, size: int, rung: Rung | None, usual: bool, rows: int) -> None:
         """Any other step, padded to `size` tokens, with logits of `rows` rows.
 
         It comes in one piece if all layers are at `rung` and it finds place in the usual room; if `rung` is None, layer
-        by layer, in the largest.
+        by layer: in the usual room if it is `usual` and such layers are captured, else in the largest.
         """
         pieces, layers = self._pieces, self._swapper.layers
         last = layers[-1]
-        rooms = pieces.attention.rooms(size)
         if rung is not None:
-            self._run(("step", size, rung), pieces.step, size, rooms[0], layers)
+            self._run(("step", size, rung), pieces.step, size, pieces.attention.rooms(size)[0], layers)
         else:
-            most = rooms[-1]
+            room = self._layer_rooms(size)[0 if usual else -1]
             self._run(("step", size, "embed"), pieces.embed, size)
             for layer in layers[:-1]:
-                self._run(("step", size, layer.layer, layer.rung), pieces.layer, size, most, layer)
-            self._run(("step", size, "last", last.rung), pieces.last_attention, size, most, last)
+                self._run(("step", size, room, layer.layer, layer.rung), pieces.layer, size, room, layer)
+            self._run(("step", size, room, "last", last.rung), pieces.last_attention, size, room, last)
         if rows:
             padded = next_size(self._row_sizes, rows)
             self._run(("tail", padded, last.rung), pieces.tail, padded, last)
+
+    def _layer_rooms(self, size: int) -> tuple[Room, ...]:
+        """The rooms in which a step of `size` tokens comes layer by layer; the last one holds any."""
+        rooms = self._pieces.attention.rooms(size)
+        return rooms if size in self._roomy_steps else rooms[-1:]
 
     def _run(self, key: tuple[object, ...], piece: Callable[..., None], *arguments: Any) -> None:
         """A piece of a step, out of its graph where there are graphs."""
@@ -290,15 +307,15 @@ class CudaRunner(StepRunner):
         with torch.inference_mode():
             # The largest first: the pool then holds what the others need.
             for size in reversed(self._step_sizes):
-                rooms, coarse = pieces.attention.rooms(size), size in self._coarse_steps
+                usual, coarse = pieces.attention.rooms(size)[0], size in self._coarse_steps
                 for rung in rungs:
                     layers = [bind(layer, rung) for layer in range(count)]
-                    take(("step", size, rung), work=partial(pieces.step, size, rooms[0], layers))
-                    for layer in layers[:-1] if coarse else ():
-                        take(("step", size, layer.layer, rung), work=partial(pieces.layer, size, rooms[-1], layer))
-                    if coarse:
-                        last = partial(pieces.last_attention, size, rooms[-1], layers[-1])
-                        take(("step", size, "last", rung), work=last)
+                    take(("step", size, rung), work=partial(pieces.step, size, usual, layers))
+                    for room in self._layer_rooms(size) if coarse else ():
+                        for layer in layers[:-1]:
+                            take(("step", size, room, layer.layer, rung), work=partial(pieces.layer, size, room, layer))
+                        last = partial(pieces.last_attention, size, room, layers[-1])
+                        take(("step", size, room, "last", rung), work=last)
                 if coarse:
                     take(("step", size, "embed"), work=partial(pieces.embed, size))
             for size in reversed(self._batch_sizes):

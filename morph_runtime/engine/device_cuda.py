@@ -85,6 +85,7 @@ class CudaDevice(EngineDevice):
         torch.cuda.set_stream(self._stream)
         self._order = StreamOrder(self._stream)
         self._is_whole = False
+        self._filler: StreamFiller | None = None
         self._pairs = PairSender(self._device)
 
     @property
@@ -152,7 +153,9 @@ class CudaDevice(EngineDevice):
         if model.slots.reads_w4:
             kept["w4"] = model.slots
         store = PinnedStore(kept, model.spec.layers)
-        return StreamFiller(store, self._stream, config.morph.depth)
+        graphs = GraphSet() if config.kernels.graphs else None
+        self._filler = StreamFiller(store, self._stream, config.morph.depth, graphs)
+        return self._filler
 
     def runner(self, parts: RunnerParts) -> StepRunner:
         """Compiles, warms up and captures."""
@@ -170,18 +173,20 @@ class CudaDevice(EngineDevice):
         logits = torch.zeros(sequences, spec.vocab, dtype=dtype, device=self._device)
         sampler = Sampler(spec.eos_ids, self._device, cpu_threads(config))
         graphs = GraphSet() if config.kernels.graphs else None
-        pieces = StepPieces(decoder, attention, inputs, hidden, logits)
-        runner = CudaRunner(pieces, inputs, parts.swapper, sampler, spec.eos_ids, graphs)
-        self._note("before warm-up", parts.arena)
         rungs = parts.model.slots.rungs
+        pieces = StepPieces(decoder, attention, inputs, hidden, logits)
+        runner = CudaRunner(pieces, inputs, parts.swapper, sampler, spec.eos_ids, graphs, len(rungs))
+        self._note("before warm-up", parts.arena)
         for rung in rungs:
             with parts.swapper.borrow(0, rung) as layer:
                 runner.warm_up(layer)
                 torch.cuda.synchronize(self._device)  # the slot is given back
         assert isinstance(parts.arena, CudaPageArena)
+        assert self._filler is not None
         self._note("after warm-up", parts.arena)
         with parts.arena.backed():
             runner.capture(self._stream, parts.swapper.bind, rungs)
+            self._filler.capture(parts.swapper.bind, spec.layers, rungs)
         torch.cuda.synchronize(self._device)
         self._note("after capture", parts.arena)
         if graphs is not None:  # steps need the graphs' pool alone; what the warm-up left in the other becomes KV cache

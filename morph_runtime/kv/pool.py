@@ -145,13 +145,12 @@ class BlockPool:
         """
         if capacity < self._capacity or self._mapped != self._capacity:
             raise IntegrityError(f"The KV capacity cannot grow from {self._capacity} to {capacity}.")
-        for block in range(self._capacity, capacity):
-            heapq.heappush(self._free, block)
+        self._free.extend(range(self._capacity, capacity))  # a heap still: each is greater than all before it
         self._capacity = self._mapped = capacity
 
     def is_live_from(self, block: int) -> bool:
         """Whether any id from this one on is live, and would have to move if the capacity were lowered to it."""
-        return any(live >= block for live in self._references)
+        return max(self._references, default=-1) >= block
 
     def reserve_below(self, capacity: int) -> None:
         """Begin a shrink: cached blocks at or above `capacity` are evicted, and no such id is given out any more.
@@ -197,7 +196,10 @@ class BlockPool:
             IntegrityError: these are not the pairs of the plan, or a block of the tail is live without one;
                 nothing has changed.
         """
-        if dict(pairs) != self._moving or any(b >= self._capacity and b not in self._moving for b in self._references):
+        missed = self.is_live_from(self._capacity) and any(
+            block >= self._capacity and block not in self._moving for block in self._references
+        )
+        if dict(pairs) != self._moving or missed:
             raise IntegrityError("A shrink of the KV cache ends without the migration that it needs.")
         for old, new in pairs:
             if old in self._references:

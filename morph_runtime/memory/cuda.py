@@ -98,7 +98,8 @@ class CudaPageArena(PageArena):
     def backed(self) -> Iterator[None]:
         """Every reserved address has memory for a while: one free extent stands behind all that have none.
 
-        For capturing graphs: nothing runs, but launchers ask the driver about each pointer that they are given.
+        For capturing graphs: launchers ask the driver about each pointer that they are given. What is written there
+        meanwhile is lost.
         """
         (extent,) = self._free.take(1)
         size, aliases = self.extent_bytes, list[tuple[int, int]]()

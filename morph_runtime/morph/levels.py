@@ -66,10 +66,18 @@ class LevelPlan:
         return 0 if rung == "full" else self.num_layers * (self.ladder.index(rung) + 1)
 
     def transition(self, level: int, direction: int) -> Transition:
-        """What changes from `level` to `level + direction` (direction is +1 or -1)."""
-        before, after = self.rungs(level), self.rungs(level + direction)
-        layer = next(i for i in range(self.num_layers) if before[i] != after[i])
-        return Transition(layer, before[layer], after[layer])
+        """What changes from `level` to `level + direction` (direction is +1 or -1).
+
+        Raises:
+            ValueError: one of them is outside 0..max_level.
+        """
+        milder = min(level, level + direction)
+        if not 0 <= milder < self.max_level:
+            raise ValueError(f"there is no change between the levels {level} and {level + direction}")
+        done, place = divmod(milder, self.num_layers)
+        before: Rung = self.ladder[done - 1] if done else "full"
+        after = self.ladder[done]
+        return Transition(self.order[place], *((before, after) if direction > 0 else (after, before)))
 
 
 def parse_order(text: str, num_layers: int) -> tuple[int, ...]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from morph_runtime.kernels.linear import FieldSpec
 from morph_runtime.weights.bound import LayerWeights
@@ -41,9 +44,14 @@ def read_norms(spec: ModelSpec, reader: CheckpointReader, layer: int, target: La
             rows[1:].copy_(rows[0].expand_as(rows[1:]))
 
 
-def copy_norms(source: LayerWeights, target: LayerWeights) -> None:
-    """Copy the norms of the same layer at another rung; in stream order if one of them is pinned host memory."""
-    target.input_norm.copy_(source.input_norm, non_blocking=True)
-    target.post_norm.copy_(source.post_norm, non_blocking=True)
+def plain_copy(source: Tensor, target: Tensor) -> None:
+    """Copy a tensor; in stream order if one of them is pinned host memory."""
+    target.copy_(source, non_blocking=True)
+
+
+def copy_norms(source: LayerWeights, target: LayerWeights, copy: Callable[[Tensor, Tensor], None] = plain_copy) -> None:
+    """Copy the norms of the same layer at another rung; `copy` takes (source, target)."""
+    copy(source.input_norm, target.input_norm)
+    copy(source.post_norm, target.post_norm)
     if target.qk_norm is not None and source.qk_norm is not None:
-        target.qk_norm.copy_(source.qk_norm, non_blocking=True)
+        copy(source.qk_norm, target.qk_norm)

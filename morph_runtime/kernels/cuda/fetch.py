@@ -27,7 +27,8 @@ def fetch(source: Tensor, target: Tensor, words: int) -> None:
     """Copy the first words of each row.
 
     Args:
-        source: int32 [rows, row_words], contiguous, in pinned host memory.
+        source: int32, or another type whose elements count as words, [rows, row_words], contiguous, in pinned host
+            memory or on the GPU.
         target: as `source`, on the GPU.
         words: of each row.
 
@@ -38,3 +39,17 @@ def fetch(source: Tensor, target: Tensor, words: int) -> None:
     if target.shape != source.shape or not (source.is_contiguous() and target.is_contiguous()) or words > row_words:
         raise ValueError(f"{words} words of {tuple(source.shape)} cannot go to {tuple(target.shape)}")
     _fetch[(rows, -(-words // TILE))](source, target, words, row_words, TILE, num_warps=4)
+
+
+def copy_by_kernel(source: Tensor, target: Tensor) -> None:
+    """Copy a small contiguous tensor to one of its shape and type on the GPU, bit for bit.
+
+    For CUDA graphs, in which this is two addresses. The driver may look up the memory behind those of a plain copy
+    when the graph is made, and a slot's memory comes and goes.
+
+    Raises:
+        ValueError: shapes or types differ.
+    """
+    if target.shape != source.shape or target.dtype != source.dtype:
+        raise ValueError(f"{tuple(source.shape)} of {source.dtype} cannot go to {tuple(target.shape)} {target.dtype}")
+    fetch(source.view(1, -1), target.view(1, -1), source.numel())

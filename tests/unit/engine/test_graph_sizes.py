@@ -6,7 +6,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from morph_runtime.engine.cuda_attention import rooms
-from morph_runtime.engine.cuda_graphs import MAX_SIZES, coarse_sizes, coarse_steps, graph_sizes, next_size, step_sizes
+from morph_runtime.engine.cuda_graphs import (
+    GRAPH_BYTES,
+    MAX_SIZES,
+    ROOMS_BYTES,
+    coarse_sizes,
+    coarse_steps,
+    graph_sizes,
+    next_size,
+    roomy_steps,
+    step_sizes,
+)
 
 
 @given(st.integers(1, 4096))
@@ -59,3 +69,12 @@ def test_few_steps_are_captured_layer_by_layer_and_any_fits_one(most: int) -> No
     assert set(coarse_steps(sizes)) <= set(sizes)
     assert coarse_steps(sizes)[-1] == most
     assert len(coarse_steps(sizes)) <= len(sizes) // 2 + 2
+
+
+@given(st.integers(1, 16384), st.integers(1, 500))
+def test_second_rooms_of_layers_are_for_the_largest_steps_and_bounded(most: int, graphs: int) -> None:
+    sizes = coarse_steps(step_sizes(most))
+    roomy = roomy_steps(sizes, graphs)
+    assert roomy == sizes[len(sizes) - len(roomy) :]
+    assert len(roomy) * graphs * GRAPH_BYTES <= ROOMS_BYTES
+    assert len(roomy) == len(sizes) or (len(roomy) + 1) * graphs * GRAPH_BYTES > ROOMS_BYTES

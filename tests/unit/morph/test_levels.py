@@ -24,6 +24,7 @@ def test_neighbouring_levels_differ_in_one_layer_that_loses_bits(order: list[int
         assert changed == [order[level % len(order)]]
         assert RUNG_BITS[after[changed[0]]] < RUNG_BITS[before[changed[0]]]
         down, up = plan.transition(level, 1), plan.transition(level + 1, -1)
+        assert (down.layer, down.source, down.target) == (changed[0], before[changed[0]], after[changed[0]])
         assert (down.layer, down.source, down.target) == (up.layer, up.target, up.source)
         assert down.is_down
         assert not up.is_down
@@ -32,6 +33,9 @@ def test_neighbouring_levels_differ_in_one_layer_that_loses_bits(order: list[int
 def test_a_level_outside_the_plan_is_refused() -> None:
     with pytest.raises(ValueError, match="between 0 and 3"):
         LevelPlan((0, 1, 2), ("w4",)).rungs(4)
+    for level, direction in ((3, 1), (0, -1)):
+        with pytest.raises(ValueError, match="no change between the levels"):
+            LevelPlan((0, 1, 2), ("w4",)).transition(level, direction)
 
 
 @pytest.mark.parametrize(
