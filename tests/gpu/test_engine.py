@@ -211,6 +211,20 @@ def test_graphs_change_no_token_of_a_shaped_row_at_any_level(model: Path, engine
     assert [found for graphs, found in tokens if graphs] == [found for graphs, found in tokens if not graphs]
 
 
+@pytest.mark.parametrize("choice", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}], ids=["top_k", "top_p", "min_p"])
+@pytest.mark.parametrize("level", [0, 3])
+def test_a_draw_that_may_take_one_token_alone_is_the_greedy_one(
+    model: Path, engines: Engines, choice: dict[str, Any], level: int
+) -> None:
+    engine, prompt = engines.make(model), [5, 9, 23] * 6
+    engine.set_level(level)
+    submit(engine, 1, prompt, 20)
+    submit(engine, 2, prompt, 20, temperature=1.5, seed=3, **choice)
+    submit(engine, 3, prompt, 20, temperature=1.5, seed=3)
+    found = run_all(engine)
+    assert found[2] == found[1] and found[3] != found[1]
+
+
 def test_a_shaped_row_draws_the_same_beside_rows_that_the_host_samples(model: Path, engines: Engines) -> None:
     engine = engines.make(model)
     assert shaped_outputs(engine) == shaped_outputs(engine, beside=True)

@@ -47,7 +47,7 @@ def _noise(out: tl.tensor, SIZE: tl.constexpr) -> None:
     tl.store(out + lane, gumbel(b0, False))
 
 
-def test_the_noise_isgumbel_out_to_the_tail() -> None:
+def test_the_noise_is_gumbel_out_to_the_tail() -> None:
     size = 1 << 17
     noise = torch.zeros(size)
     _noise[(1,)](noise, size)
