@@ -1,9 +1,9 @@
 """Clients that cancel their streams in the milliseconds in which these end by themselves: does tritonserver live?
 
-    python bench/reliability/cancel_at_end.py --seconds 50 --json bench/reliability/results/cancel_at_end.json
+    python bench/reliability/cancel_at_end.py --seconds 12 --runs 5 --step-ms 1 --json RESULT.json
 
-The engine is the one of the tests, with a token for each stream every few milliseconds, so that ends come often. With
-`--early` the streams are long and cancelled in full flow, for comparison. A server that ends is a finding, not an
+The engine is the one of the tests, with a token for each stream every so many milliseconds, so that ends come often.
+With `--early` the streams are long and cancelled in full flow, for comparison. A server that ends is a finding, not an
 error: the exit status is 0, and its last words are in the result.
 """
 
@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2_grpc
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "triton")]
 
-from tiny_model import write_tiny_model  # noqa: E402 - the helpers must be found first
+from slow_client import stream_request  # noqa: E402 - the helpers must be found first
+from tiny_model import write_tiny_model  # noqa: E402
 from triton_server import TritonServer, fake_repository  # noqa: E402
 
 TOKENS = 6
@@ -35,18 +36,6 @@ LONG = 400
 WORDS = ("Triton has died", "ASSERTION", "misuse")
 JITTER = 5
 """Tokens' time over which the moment of the cancellation is spread, from three before the last one on."""
-
-
-def request(tokens: int) -> Any:
-    """A streaming request, as it goes over the wire."""
-    made = service_pb2.ModelInferRequest(model_name="morph")
-    sampling = json.dumps({"max_tokens": tokens, "ignore_eos": True}).encode()
-    for name, datatype, value in (
-        ("text_input", "BYTES", b"hello world"), ("stream", "BOOL", None), ("sampling_parameters", "BYTES", sampling),
-    ):  # fmt: skip
-        made.inputs.add(name=name, datatype=datatype, shape=[1])
-        made.raw_input_contents.append(b"\1" if value is None else len(value).to_bytes(4, "little") + value)
-    return made
 
 
 def client(
@@ -58,7 +47,7 @@ def client(
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         while not over.is_set():
             requests: queue.Queue[Any] = queue.Queue()
-            requests.put(request(LONG if early else TOKENS))
+            requests.put(stream_request("hello world", {"max_tokens": LONG if early else TOKENS, "ignore_eos": True}))
             call = stub.ModelStreamInfer(iter(requests.get, None))
             try:
                 next(call)
