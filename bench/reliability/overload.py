@@ -27,7 +27,7 @@ import tritonclient.grpc as grpcclient  # noqa: E402 - the helpers must be found
 
 from tests.chaos import check  # noqa: E402
 from triton_server import TritonServer  # noqa: E402
-from wire_client import post, tensor, until  # noqa: E402
+from wire_client import pending, post, tensor, until  # noqa: E402
 
 SEQUENCES = 16
 TOKENS = 160
@@ -112,7 +112,7 @@ class Samples(threading.Thread):
 
     def run(self) -> None:
         while not self.stop.wait(1.0):
-            self.pending.append(self._server.metric("nv_inference_pending_request_count", model="morph"))
+            self.pending.append(pending(self._server))
             self.levels.append(self._server.metric("morph_level"))
             self.resident.append(check.footprint(self._server).resident_mib)
             if self.pending[-1] >= 250:
@@ -154,7 +154,7 @@ def measure(server: TritonServer, times: float, seconds: float) -> dict[str, Any
     sent = flood.run(best * times, seconds)
     ends = time.monotonic()
     goodput = sum(began + seconds / 6 <= at < ends for at in flood.served) / (ends - began - seconds / 6)
-    until(lambda: server.metric("nv_inference_pending_request_count", model="morph") == 0, 180.0, "an empty queue")
+    until(lambda: pending(server) == 0, 180.0, "an empty queue")
     drained = time.monotonic()
     until(lambda: server.metric("morph_level") == 0, 60.0, "level 0")
     back = time.monotonic()

@@ -180,8 +180,7 @@ class _Run:
         grown = 1.0 + np.minimum(ends, line.output) / (2 * size * line.own)
         room = np.maximum(capacity - blocks, 0.0) * turnover / grown
         seats = np.maximum(load.max_running - there, 0.0) * turnover
-        seated = np.maximum(self._place, line.begun)  # prefills under way have theirs
-        allowed = np.minimum(np.interp(self._blocks + room, line.blocks, line.place), seated + seats)
+        allowed = self._up_to(room, seats)
         fits = (np.interp(allowed, line.place, line.tokens) - self._tokens) / chunk
         full = fits[0] * most / (most + np.maximum(fits[0] - fits[1], 0.0))
         place = np.interp(self._tokens + np.minimum(full, most) * chunk, line.tokens, line.place)
@@ -191,10 +190,7 @@ class _Run:
         steps = (full + (seconds - full * full_s) / bare_s) * pace
         part = np.minimum(full / most, 1.0)
         # A line that is done sooner has not waited for the interval's end, unless for room that came bit by bit.
-        at_once = np.minimum(
-            np.interp(self._blocks + np.maximum(capacity - self._used, 0.0), line.blocks, line.place),
-            seated + np.maximum(load.max_running - self._decodes, 0.0),
-        )
+        at_once = self._up_to(np.maximum(capacity - self._used, 0.0), np.maximum(load.max_running - self._decodes, 0.0))
         allowed = allowed[0] + part * (allowed[1] - allowed[0])
         waited = np.clip((place - at_once) / np.maximum(allowed - at_once, 1e-9), 0.0, 1.0)
         self._busy_s[at] = np.minimum(np.maximum(full * full_s, waited * seconds), seconds)
@@ -217,6 +213,12 @@ class _Run:
             alone = np.minimum(int(line.prompt), maker.width - 1 - decodes)
             steps_alone = np.ceil(line.prompt / np.maximum(alone, 1))
             self._own_s = (maker.full_s[row + decodes + alone] + reads) * steps_alone * load.slowness
+
+    def _up_to(self, blocks: Floats, seats: Floats) -> Floats:
+        """The place in the line up to which so many blocks and seats suffice, [C] or [E, C] as they are."""
+        line = self._line
+        seated = np.maximum(self._place, line.begun)  # prefills under way have theirs
+        return np.minimum(np.interp(self._blocks + blocks, line.blocks, line.place), seated + seats)
 
     def _still_there(self, at: int, steps: Floats) -> tuple[Floats, Floats, Floats]:
         """Requests, blocks and tokens in the cache of those admitted before interval `at`, after so many steps.

@@ -15,7 +15,7 @@ from tests.chaos.plan import PROMPTS, Ask, samplings
 from tests.chaos.replay import NEAR_TIE, Replayer
 from tests.chaos.streams import Seen
 from triton_server import TritonServer
-from wire_client import post, until
+from wire_client import pending, post, until
 
 LAG_S = 5.0
 """By which the harness may notice later than the server that an engine has ended."""
@@ -166,5 +166,4 @@ def wait_idle(server: TritonServer) -> None:
     until(lambda: server.metric("morph_engine_up") == 1, 60.0, "the engine")
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "morph_kv_blocks_used", "morph_level"):
         until(lambda name=name: server.metric(name) == 0, 30.0, f"{name} 0")
-    pending = "nv_inference_pending_request_count"
-    until(lambda: server.metric(pending, model="morph") == 0, 10.0, "an empty queue")
+    until(lambda: pending(server) == 0, 10.0, "an empty queue")

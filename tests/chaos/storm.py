@@ -67,6 +67,12 @@ class Report:
     def good(self) -> bool:
         return not self.verdict.wrong and not self.complaints
 
+    def note_end(self, at_s: float, *, own_fault: bool) -> None:
+        """We have ended an engine; `own_fault`: in a way that looks like its own."""
+        self.ended_engines += 1
+        if own_fault:
+            self.own_faults_s.append(at_s)
+
     def lines(self) -> Iterator[str]:
         verdict = self.verdict
         yield f"seed {self.weather.seed}, {self.weather.seconds:g} s, levels {self.weather.levels}"

@@ -76,9 +76,7 @@ def _disturb(
         report.done.append(fault.what)
         if fault.what in DEADLY:
             ends_s.append(now)
-            report.ended_engines += 1
-            if fault.what == "segfault engine":
-                report.own_faults_s.append(now)
+            report.note_end(now, own_fault=fault.what == "segfault engine")
             continue
         if fault.what == "wedge engine":
             _await_wedge(server, pid, report)
@@ -116,8 +114,7 @@ def _let_go(pid: int, fault: plan.Fault, report: Report) -> None:
     except ProcessLookupError:
         if fault.what != "stop engine":
             raise
-        report.ended_engines += 1
-        report.own_faults_s.append(time.monotonic())
+        report.note_end(time.monotonic(), own_fault=True)
 
 
 def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:
@@ -127,15 +124,13 @@ def _await_wedge(server: TritonServer, pid: int, report: Report) -> None:
         deadline = time.monotonic() + report.weather.silence_s + 3.0
         while time.monotonic() < deadline:
             if _has_ended(handle):
-                report.ended_engines += 1
-                report.own_faults_s.append(time.monotonic())
+                report.note_end(time.monotonic(), own_fault=True)
                 return
             time.sleep(0.1)
         signal.pidfd_send_signal(handle, signal.SIGCONT)
         time.sleep(0.3)
         if _has_ended(handle):
-            report.ended_engines += 1
-            report.own_faults_s.append(time.monotonic())
+            report.note_end(time.monotonic(), own_fault=True)
     finally:
         os.close(handle)
 

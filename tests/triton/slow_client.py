@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
@@ -16,6 +16,17 @@ from triton_server import TritonServer
 RECEIVE_BYTES = 4096
 """Of the SSE client's socket: little, so that soon the server cannot write any more."""
 FLAGS = ("return_logprobs", "return_finish_reason", "return_num_output_tokens")
+
+
+def stream_request(text: str, sampling: dict[str, Any], flags: Sequence[str] = ()) -> Any:
+    """A streaming request, as it goes over the wire."""
+    request = service_pb2.ModelInferRequest(model_name="morph")
+    inputs = [("text_input", "BYTES", _bytes(text)), ("stream", "BOOL", b"\1")]
+    inputs += [(name, "BOOL", b"\1") for name in flags]
+    for name, kind, raw in [*inputs, ("sampling_parameters", "BYTES", _bytes(json.dumps(sampling)))]:
+        request.inputs.add(name=name, datatype=kind, shape=[1])
+        request.raw_input_contents.append(raw)
+    return request
 
 
 class SlowGrpc:
@@ -31,13 +42,7 @@ class SlowGrpc:
 
     def ask(self, text: str, sampling: dict[str, Any]) -> None:
         """Send a request; nothing is read."""
-        request = service_pb2.ModelInferRequest(model_name="morph")
-        inputs = [("text_input", "BYTES", _bytes(text)), ("stream", "BOOL", b"\1")]
-        inputs += [(name, "BOOL", b"\1") for name in FLAGS]
-        for name, kind, raw in [*inputs, ("sampling_parameters", "BYTES", _bytes(json.dumps(sampling)))]:
-            request.inputs.add(name=name, datatype=kind, shape=[1])
-            request.raw_input_contents.append(raw)
-        self._requests.put(request)
+        self._requests.put(stream_request(text, sampling, FLAGS))
 
     def read(self) -> dict[str, Any]:
         """The next response: tokens, and whether it says that it is the last."""

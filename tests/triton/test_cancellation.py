@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from triton_server import TritonServer
-from wire_client import GrpcStream, open_sse, post, sse_events, text_of, until
+from wire_client import GrpcStream, open_sse, pending, post, sse_events, text_of, until
 
 pytestmark = pytest.mark.triton
 
@@ -21,10 +21,6 @@ def running(server: TritonServer) -> float:
 
 def cancelled(server: TritonServer) -> float:
     return server.metric("morph_requests_total", outcome="cancelled")
-
-
-def pending(server: TritonServer) -> float:
-    return server.metric("nv_inference_pending_request_count", model="morph")
 
 
 def test_a_cancelled_grpc_stream_frees_its_place(server: TritonServer) -> None:

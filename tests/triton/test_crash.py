@@ -12,7 +12,7 @@ import pytest
 
 from fake_engine import SEED_CRASH
 from triton_server import TritonServer, fake_repository, real_repository
-from wire_client import GrpcStream, generate, grpc_status, post, text_of, until
+from wire_client import GrpcStream, generate, grpc_status, pending, post, text_of, until
 
 pytestmark = pytest.mark.triton
 
@@ -96,7 +96,7 @@ def test_who_comes_while_the_engine_is_away_is_served_or_times_out_in_the_queue(
     until(lambda: exact.metric("morph_engine_up") == 0, what="the engine's end")
     streams = [GrpcStream(exact).ask("The sea", {"max_tokens": 5, "temperature": 0}) for _ in range(6)]
     # Two have a credit and wait for the engine, one waits in execute() for a credit, the others in Triton's queue.
-    until(lambda: exact.metric("nv_inference_pending_request_count", model="morph") == 3, what="a backlog")
+    until(lambda: pending(exact) == 3, what="a backlog")
     hasty = GrpcStream(exact).ask("The sea", {"max_tokens": 5}, timeout=200_000)
     texts = [text_of(stream.rest(100)) for stream in streams]
     assert len(set(texts)) == 1 and texts[0]
@@ -168,7 +168,7 @@ def test_who_waits_when_the_engine_is_given_up_gets_its_error(tmp_path: Path) ->
     try:
         server.wait_ready(120).wait_metrics()
         streams = [GrpcStream(server).ask("The sea", {**GREEDY, "max_tokens": 1500}) for _ in range(12)]
-        until(lambda: server.metric("nv_inference_pending_request_count", model="morph") >= 3, what="a backlog")
+        until(lambda: pending(server) >= 3, what="a backlog")
         os.kill(engine_of(server), signal.SIGKILL)
         lasts = [stream.rest(100)[-1] for stream in streams]
         assert all("unhealthy vLLM engine: The engine process ended" in last.error for last in lasts)

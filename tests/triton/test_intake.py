@@ -5,16 +5,12 @@ from __future__ import annotations
 import pytest
 
 from triton_server import TritonServer
-from wire_client import GrpcStream, until
+from wire_client import GrpcStream, pending, until
 
 pytestmark = pytest.mark.triton
 MANY = 200
 ENDED_BEFORE = 100
 """Far more than those that the engine runs, holds in its line and takes at once when they end (8 each, at most)."""
-
-
-def pending(server: TritonServer) -> float:
-    return server.metric("nv_inference_pending_request_count", model="morph")
 
 
 def test_two_hundred_queued_requests_are_all_served_and_the_urgent_one_does_not_wait_for_them(

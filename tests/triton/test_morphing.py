@@ -15,7 +15,7 @@ from morph_client.errors import InvalidRequest
 from morph_client.sync_client import MorphClient
 from test_crash import engine_of
 from triton_server import TritonServer
-from wire_client import GrpcStream, text_of, until
+from wire_client import GrpcStream, pending, text_of, until
 
 pytestmark = pytest.mark.triton
 TOKENS = 48
@@ -59,10 +59,6 @@ def held(server: TritonServer) -> Iterator[None]:
         yield
     finally:
         os.kill(engine, signal.SIGCONT)
-
-
-def pending(server: TritonServer) -> float:
-    return server.metric("nv_inference_pending_request_count", model="morph")
 
 
 def test_a_burst_moves_layers_and_blocks_and_every_stream_gets_its_tokens(small: TritonServer) -> None:

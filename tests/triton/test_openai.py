@@ -236,10 +236,6 @@ def test_a_client_that_leaves_frees_the_engine(server: TritonServer, endpoint: E
         until(lambda: running(server) == 0, what="an idle engine")
 
 
-def queued(server: TritonServer) -> float:
-    return server.metric("nv_inference_pending_request_count", model="morph")
-
-
 def test_a_full_queue_is_429_and_a_client_in_the_queue_can_leave(
     narrow: TritonServer, tmp_path: Path, tiny_model: Path
 ) -> None:
@@ -256,11 +252,11 @@ def test_a_full_queue_is_429_and_a_client_in_the_queue_can_leave(
         # Triton looks at what was cancelled in its queue only when the queue moves.
         for stream in streams:
             stream.rest()
-        until(lambda: queued(narrow) == 0, what="the leaving of the one in the queue")
+        until(lambda: pending(narrow) == 0, what="the leaving of the one in the queue")
         with narrow.hold():
             streams = fill(narrow)
             pending = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(6)]
-            until(lambda: queued(narrow) == 6)
+            until(lambda: pending(narrow) == 6)
             for keys in ({"stream": True}, {"stream": False}, {"n": 3}):
                 with pytest.raises(openai.RateLimitError, match="Exceeds maximum queue size") as caught:
                     client.completions.create(model="morph", prompt="one too many", **keys)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from triton_server import TritonServer
-from wire_client import GrpcStream, fill, post, text_of, until
+from wire_client import GrpcStream, fill, pending, post, text_of, until
 
 pytestmark = pytest.mark.triton
 
@@ -13,10 +13,6 @@ pytestmark = pytest.mark.triton
 def finish(streams: list[GrpcStream]) -> None:
     for stream in streams:
         assert not stream.rest()[-1].error
-
-
-def pending(server: TritonServer) -> float:
-    return server.metric("nv_inference_pending_request_count", model="morph")
 
 
 def test_the_backlog_is_tritons_pending_count(narrow: TritonServer) -> None:

@@ -184,6 +184,11 @@ def until(condition: Any, timeout_s: float = PATIENCE_S, what: str = "the condit
     raise AssertionError(f"{what} did not come true in {timeout_s} s")
 
 
+def pending(server: TritonServer) -> float:
+    """Requests in Triton's queue."""
+    return server.metric("nv_inference_pending_request_count", model="morph")
+
+
 def fill(server: TritonServer) -> list[GrpcStream]:
     """Occupy the engine (1 running), its line (2) and execute() (1) of the server `narrow`.
 
@@ -195,7 +200,7 @@ def fill(server: TritonServer) -> list[GrpcStream]:
 
     def all_in() -> bool:  # on its way into the line a request is held for a moment, too
         held, waiting = server.metric("morph_execute_waiting"), server.metric("vllm:num_requests_waiting")
-        return held == 1 and waiting == 3 and server.metric("nv_inference_pending_request_count", model="morph") == 0
+        return held == 1 and waiting == 3 and pending(server) == 0
 
     until(all_in, what="two requests in the line and one held in execute()")
     return streams

@@ -258,20 +258,23 @@ class Failing:
     is `ended` from outside, is `bad`, or goes well (empty text)."""
 
     def __init__(self, fails: Callable[[int], str]) -> None:
-        self.hearer, self.made = Hearer(), 0
-        self._fails, self._first = fails, None
+        self.hearer = Hearer()
+        self._fails, self._handles = fails, list[Broken]()
         settings = KeeperSettings(restarts=FAST.restarts, pause_s=0.0)
         self.keeper = EngineKeeper(self._make, self.hearer, settings)  # type: ignore[arg-type]
         self.keeper.start()
         self.keeper.submit(Submit(key=1, prompt=[1], sampling=LONG))
-        self._first.listener.on_down("killed")  # type: ignore[attr-defined]
+        self._handles[0].listener.on_down("killed")
+
+    @property
+    def made(self) -> int:
+        return len(self._handles)
 
     def _make(self, listener: EngineListener) -> Broken:
-        at, self.made = self.made, self.made + 1
-        how = self._fails(at) if at else ""
-        made = Broken(listener, how and f"No luck ({how}), attempt {at}.", outside=how != "bad")
-        self._first = self._first or made  # type: ignore[assignment]
-        return made
+        how = self._fails(self.made) if self.made else ""
+        failure = how and f"No luck ({how}), attempt {self.made}."
+        self._handles.append(Broken(listener, failure, outside=how != "bad"))
+        return self._handles[-1]
 
 
 def test_an_engine_that_does_not_come_back_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
