@@ -123,10 +123,14 @@ class LayerSwapper:
             self._layers.append(self.bind(layer, "full"))
 
     def bind(self, layer: int, rung: Rung) -> LayerWeights:
-        """Views of a layer's slot at a rung, whether it has memory or not; they stay valid."""
+        """Views of a layer's slot at a rung, whether it has memory or not; they stay valid.
+
+        Plain tensors whoever asks first: what a capture makes in inference mode could not be written to outside it.
+        """
         bound = self._bound.get((layer, rung))
         if bound is None:
-            bound = self._bound[layer, rung] = self._slots.bind(layer, rung, self._slot(layer, rung))
+            with torch.inference_mode(False):
+                bound = self._bound[layer, rung] = self._slots.bind(layer, rung, self._slot(layer, rung))
         return bound
 
     @contextmanager
