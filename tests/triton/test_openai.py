@@ -16,7 +16,7 @@ import pytest
 from fake_engine import SEED_FAIL, SEED_STOP_EARLY
 from openai_endpoint import Endpoint, write_chat_folder
 from triton_server import ROOT, TritonServer
-from wire_client import GrpcStream, fill, generate, until
+from wire_client import GrpcStream, fill, generate, pending, until
 
 pytestmark = pytest.mark.triton
 USER = {"role": "user", "content": "hello world"}
@@ -255,13 +255,13 @@ def test_a_full_queue_is_429_and_a_client_in_the_queue_can_leave(
         until(lambda: pending(narrow) == 0, what="the leaving of the one in the queue")
         with narrow.hold():
             streams = fill(narrow)
-            pending = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(6)]
+            queued = [GrpcStream(narrow).ask("queued", {"max_tokens": 1}) for _ in range(6)]
             until(lambda: pending(narrow) == 6)
             for keys in ({"stream": True}, {"stream": False}, {"n": 3}):
                 with pytest.raises(openai.RateLimitError, match="Exceeds maximum queue size") as caught:
                     client.completions.create(model="morph", prompt="one too many", **keys)
                 assert caught.value.response.headers["retry-after"] == "1" and caught.value.code == "queue_full"
-        for stream in streams + pending:
+        for stream in streams + queued:
             stream.rest()
     finally:
         assert endpoint.stop() == 0
