@@ -26,16 +26,24 @@ class RequestAccounting:
         """The engine has begun with the prompt."""
         self._recorder.count("vllm:prompt_tokens_total", len(request.prompt))
 
-    def arrived(self, request: OpenRequest, output: Output, count: int, now: float) -> None:
-        """`count` tokens of an output have come from the engine at `now` (monotonic seconds); reader thread only."""
+    def arrived(self, request: OpenRequest, output: Output, count: int, now: float) -> list[float]:
+        """`count` tokens of an output have come from the engine at `now` (monotonic seconds); reader thread only.
+
+        Returns:
+            The seconds per output token of these, to be told to `paced` with those of the step's other outputs.
+        """
         if output.last_token_s == 0.0:
             if not any(other.last_token_s for other in request.outputs):
                 self._recorder.observe("vllm:time_to_first_token_seconds", now - request.arrival_s)
             output.last_token_s = now
             count -= 1
-        for _ in range(count):
-            self._recorder.observe("vllm:time_per_output_token_seconds", (now - output.last_token_s) / count)
+        gap_s = now - output.last_token_s
         output.last_token_s = now
+        return [gap_s / count] * count if count else []
+
+    def paced(self, seconds: list[float]) -> None:
+        """Seconds per output token of a step's tokens."""
+        self._recorder.observe("vllm:time_per_output_token_seconds", *seconds)
 
     def generated(self, levels: list[int]) -> None:
         """Output tokens at `levels` count."""

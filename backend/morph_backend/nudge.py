@@ -13,13 +13,13 @@ count of `nv_inference_request_failure{reason="REJECTED"}` per nudge, so we firs
 anything is queued at all.
 
 A look shows how many requests stand in the queue. Until as many have come in, the next nudge goes out
-at once, without another look. A nudge that comes before the instance is idle wakes nobody: it lies in
-the queue, unanswered, until the next one, which follows soon.
+without another look, from the thread that ends `execute()`: it takes longer to come than the instance to
+become idle. A nudge that comes before that wakes nobody: it lies in the queue, unanswered, until the next
+one, which follows soon.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 import threading
 from collections.abc import Callable
@@ -47,7 +47,6 @@ class QueueNudger:
         on_sent: Callable[[], None] = lambda: None,
         on_defect: Callable[[str], None] = lambda _thread: None,
         pause_s: float = 0.002,
-        start_s: float = 0.0003,
         answer_s: float = 0.003,
         most_s: float = 0.1,
         idle_s: float = 1.0,
@@ -62,8 +61,6 @@ class QueueNudger:
             on_defect: told the thread's name when something has raised in it.
             pause_s: how long the next request may take to come by itself after `execute()` has returned, or a nudge
                 was answered.
-            start_s: the same while requests are known to stand in the queue. Some come by themselves even so, and
-                the instance becomes idle only a little after `execute()` has returned.
             answer_s: how long to wait for a nudge's effect before the next (the instance may not be idle yet).
                 Doubles with each further one.
             most_s: the longest wait that the doubling leads to.
@@ -71,7 +68,7 @@ class QueueNudger:
             retry_s: pause after the server could not be reached.
         """
         self._connect, self._backlog, self._on_sent, self._on_defect = connect, backlog, on_sent, on_defect
-        self._pause_s, self._start_s, self._answer_s, self._most_s = pause_s, start_s, answer_s, most_s
+        self._pause_s, self._answer_s, self._most_s = pause_s, answer_s, most_s
         self._idle_s, self._retry_s = idle_s, retry_s
         self._condition = threading.Condition()
         self._entered = 0
@@ -92,9 +89,14 @@ class QueueNudger:
             self._condition.notify()
 
     def left(self) -> None:
-        """`execute()` is about to return."""
+        """`execute()` is about to return; nudges if requests are known to stand in the queue."""
         with self._condition:
             self._left += 1
+            if self._queued_to > self._left and self._stream is not None and not self._closed:
+                try:
+                    self._send(self._stream)
+                except Exception as error:  # noqa: BLE001 - the thread meets it too, and gives up
+                    logging.getLogger(__name__).debug("no nudge out of execute(): %s", error)
             self._condition.notify()
 
     def close(self, timeout_s: float = 5.0) -> None:
@@ -131,7 +133,9 @@ class QueueNudger:
     def _follow(self, left: int) -> None:
         """`execute()` has returned for the `left`th time: see to it that the next request comes, if there is one."""
         known = self._queued_to > left
-        if self._someone_came(left, self._start_s if known else self._pause_s):
+        if known and self._stream is not None and self._settles(left, self._answer_s):
+            known = False  # the nudge that came with the return has had its effect, or found nobody
+        if self._someone_came(left, 0.0 if known else self._pause_s):
             return
         pause_s = self._pause_s
         while known or self._look(left):
@@ -159,20 +163,26 @@ class QueueNudger:
                 if self._stream is None:
                     self._unanswered = 0  # the stream before it has said its last word
                     self._stream = self._connect(self._on_answer)
-                with self._condition:
-                    self._unanswered += 1
-                self._stream.send()
+                self._send(self._stream)
             except Exception as error:  # noqa: BLE001 - whatever the transport raises, serving goes on without nudges
                 self._give_up(error)
                 return False
-            self._on_sent()
-            with self._condition:
-                if self._condition.wait_for(functools.partial(self._settled, left), wait_s):
-                    return True
+            if self._settles(left, wait_s):
+                return True
             wait_s = min(2 * wait_s, self._most_s)
 
-    def _settled(self, left: int) -> bool:
-        return self._unanswered <= 0 or self._entered > left or self._closed
+    def _send(self, stream: NudgeStream) -> None:
+        with self._condition:
+            self._unanswered += 1
+        stream.send()
+        self._on_sent()
+
+    def _settles(self, left: int, timeout_s: float) -> bool:
+        """Whether within this time a request comes, or every nudge is answered."""
+        with self._condition:
+            return self._condition.wait_for(
+                lambda: self._unanswered <= 0 or self._entered > left or self._closed, timeout_s
+            )
 
     def _on_answer(self) -> None:
         with self._condition:

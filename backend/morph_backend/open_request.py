@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from morph_backend.channel import ResponseChannel
@@ -82,6 +83,8 @@ class OpenRequest:
     """For each end of an engine that it has outlived: how many tokens of its outputs had come."""
     responded: bool = False
     """Whether a response has been sent."""
+    awaited: bool = False
+    """Whether the sender thread has been told of news and has not looked since. See `SenderPool`."""
     closing: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
     """Whether the request has been counted and forgotten; guarded by `closing`."""
@@ -92,17 +95,38 @@ class OpenRequest:
         return self.outputs[0].key
 
     def take(self) -> list[Tokens | End]:
-        """All that has come from the engine since the last call."""
+        """All that has come from the engine since the last call; an output's tokens of several steps are one event."""
+        runs: list[list[Tokens]] = []
         taken: list[Tokens | End] = []
         while self.inbox:
-            taken.append(self.inbox.popleft())
-        return taken
+            event = self.inbox.popleft()
+            if isinstance(event, End):
+                taken += [*map(joined, runs), event]
+                runs = []
+            elif runs and runs[-1][0].output == event.output:
+                runs[-1].append(event)
+            else:
+                runs.append([event])
+        return [*taken, *map(joined, runs)]
 
     def close(self) -> bool:
         """Mark as closed; True for the first caller alone."""
         with self.closing:
             first, self.closed = not self.closed, True
             return first
+
+
+def joined(run: Sequence[Tokens]) -> Tokens:
+    """Tokens of one output that follow each other, as one event."""
+    if len(run) == 1:
+        return run[0]
+    return Tokens(
+        [token for each in run for token in each.tokens],
+        [level for each in run for level in each.levels],
+        [scores for each in run for scores in each.logprobs],
+        run[0].output,
+        [part for each in run for part in each.history],
+    )
 
 
 class OpenRequests:

@@ -59,11 +59,11 @@ class MetricsRecorder:
             with self._lock:
                 self._changes.gauges[name, _labels(labels)] = value
 
-    def observe(self, name: str, value: float) -> None:
+    def observe(self, name: str, *values: float) -> None:
         """Add to a histogram."""
-        if self._enabled:
+        if self._enabled and values:
             with self._lock:
-                self._changes.observations.setdefault(name, []).append(value)
+                self._changes.observations.setdefault(name, []).extend(values)
 
     def take(self) -> Changes:
         """The changes since the last call."""

@@ -15,7 +15,7 @@ class SenderPool:
 
     Args:
         count: threads.
-        work: called with the request; nothing new to send must be harmless (wakes are not merged).
+        work: called with the request; nothing new to send must be harmless.
         failed: called with the request and the error when `work` raises.
         on_defect: told the thread's name then.
     """
@@ -39,8 +39,10 @@ class SenderPool:
             thread.start()
 
     def wake(self, request: OpenRequest) -> None:
-        """Tell the request's thread that something is in its inbox."""
-        self._queues[request.key % len(self._queues)].put(request)
+        """Tell the request's thread that something is in its inbox; one call until it looks is enough."""
+        if not request.awaited:
+            request.awaited = True
+            self._queues[request.key % len(self._queues)].put(request)
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Send what is queued, then end the threads."""
@@ -51,6 +53,7 @@ class SenderPool:
 
     def _run(self, queue: SimpleQueue[OpenRequest | None]) -> None:
         while (request := queue.get()) is not None:
+            request.awaited = False  # first: what comes from now on wakes the thread again
             try:
                 self._work(request)
             except Exception as error:

@@ -254,18 +254,20 @@ class Service:
                 begun[0].cached_tokens = cached
                 self._accounting.started(begun[0])
         news: dict[int, tuple[OpenRequest, list[Tokens | End]]] = {}
+        pace_s: list[float] = []
         for delta in out.tokens:
             if (found := self._open.find(delta.key)) is None or not delta.tokens:
                 continue
             request, at = found
             try:
-                new = self._arrived(request, at, delta, now)
+                new = self._arrived(request, at, delta, now, pace_s)
             except Exception as error:
                 logging.getLogger(__name__).exception("tokens could not be handled")
                 self.on_defect("engine-reader")
                 self._fail_request(request, error)
             else:
                 news.setdefault(request.key, (request, []))[1].append(new)
+        self._accounting.paced(pace_s)
         for finished in out.finished:
             if (found := self._open.find(finished.key)) is not None:
                 events = news.setdefault(found[0].key, (found[0], []))[1]
@@ -275,13 +277,13 @@ class Service:
             request.inbox.extend(events)
             self._senders.wake(request)
 
-    def _arrived(self, request: OpenRequest, at: int, delta: TokenDelta, now: float) -> Tokens:
-        """Book new tokens of a request's output number `at`."""
+    def _arrived(self, request: OpenRequest, at: int, delta: TokenDelta, now: float, pace_s: list[float]) -> Tokens:
+        """Book new tokens of a request's output number `at`; their seconds per token are added to `pace_s`."""
         request.prompt_logprobs = delta.prompt_logprobs or request.prompt_logprobs
         missing = len(delta.tokens) - len(delta.levels)
         levels = delta.levels + [self._level] * missing if missing > 0 else delta.levels[: len(delta.tokens)]
         request.outputs[at].arrived += len(delta.tokens)
-        self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
+        pace_s += self._accounting.arrived(request, request.outputs[at], len(delta.tokens), now)
         return Tokens(delta.tokens, levels, delta.logprobs, at, delta.history)
 
     def on_stats(self, stats: EngineStats) -> None:

@@ -7,7 +7,9 @@ groups: streaming and non-streaming requests get the same text.
 from __future__ import annotations
 
 import codecs
+import functools
 import re
+from collections.abc import Mapping
 from typing import Protocol
 
 from morph_runtime.text.tokenizer import Tokenizer
@@ -46,7 +48,7 @@ class ByteLevelDetokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._backend = tokenizer.backend
-        self._skipped = _special_ids(tokenizer) if skip_special_tokens else frozenset()
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._bytes_of = _byte_alphabet()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
@@ -120,15 +122,9 @@ class WindowDetokenizer:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
 
 
-def _special_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    added = tokenizer.backend.get_added_tokens_decoder()
-    return frozenset(number for number, token in added.items() if token.special)
-
-
-def _byte_alphabet() -> dict[str, int]:
+@functools.cache
+def _byte_alphabet() -> Mapping[str, int]:
     """GPT-2's table: the character that stands for each byte in a byte-level vocabulary."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    table = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return table
+    others = sorted(set(range(256)).difference(printable))
+    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

@@ -18,6 +18,7 @@ class Tokenizer:
         backend: the `tokenizers.Tokenizer` itself.
         decoder_type: type of its decoder (`ByteLevel`, `Sequence`, ...), empty when there is none.
         max_token_chars: characters of the longest entry of the vocabulary.
+        special_ids: tokens that are no text, such as the one that ends a sequence.
     """
 
     def __init__(self, backend: HfTokenizer) -> None:
@@ -26,6 +27,8 @@ class Tokenizer:
         self.backend = backend
         decoder = json.loads(backend.to_str()).get("decoder") or {}
         self.decoder_type: str = decoder.get("type", "")
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
         self.max_token_chars = max((len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1)
 
     @staticmethod

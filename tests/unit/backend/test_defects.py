@@ -76,10 +76,10 @@ def test_a_nudger_whose_backlog_probe_raises_lives_on() -> None:
 def test_tokens_that_cannot_be_handled_end_their_request_and_no_other(house: House, monkeypatch: Any) -> None:
     real = house.service._accounting.arrived
 
-    def arrived(request: Any, *rest: Any) -> None:
+    def arrived(request: Any, *rest: Any) -> Any:
         if request.given.text == "bad":
             raise ZeroDivisionError("oops")
-        real(request, *rest)
+        return real(request, *rest)
 
     monkeypatch.setattr(house.service._accounting, "arrived", arrived)
     bad = finished(house.ask('{"max_tokens": 50}', text="bad"))

@@ -17,7 +17,7 @@ class FakeQueue:
         self.condition = threading.Condition()
         self.opened = self.closed = self.sent = 0
         self.answers = True
-        self.broken = False
+        self.broken = self.failing = False
         self.backlog = 1
         self.looks = 0
         self.reported = 0
@@ -46,6 +46,8 @@ class FakeQueue:
             self.condition.notify_all()
 
     def send(self) -> None:
+        if self.failing:
+            raise OSError("the stream has broken")
         with self.condition:
             self.sent += 1
             if self.answers:
@@ -116,6 +118,39 @@ def test_requests_that_were_seen_in_the_queue_are_nudged_for_without_another_loo
         queue.answer()
         nudger.left()
     queue.wait(lambda: queue.looks == 2)
+
+
+def test_the_nudge_for_a_known_request_is_sent_as_execute_returns(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.backlog, queue.answers = 10, False
+    nudger = nudgers(queue, answer_s=60.0)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent == 1)  # the thread has looked, and opened the stream
+    for count in range(2, 11):
+        nudger.entered()
+        queue.answer()
+        nudger.left()
+        assert queue.sent == count
+
+
+def test_a_stream_that_breaks_as_execute_returns_harms_nobody(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.backlog, queue.answers = 10, False
+    nudger = nudgers(queue, answer_s=0.001, retry_s=0.001)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent >= 1)
+    nudger.entered()
+    queue.failing = True
+    nudger.left()
+    queue.wait(lambda: queue.closed == 1)
+    queue.failing = False
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.opened == 2)
 
 
 def test_who_was_seen_in_the_queue_and_has_been_cancelled_costs_one_nudge(

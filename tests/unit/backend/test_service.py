@@ -249,9 +249,30 @@ def test_a_failure_to_fail_does_not_end_the_sender_thread() -> None:
 
     pool = SenderPool(1, work, failed)
     for key in (1, 2):
-        pool.wake(SimpleNamespace(key=key))  # type: ignore[arg-type]
+        pool.wake(SimpleNamespace(key=key, awaited=False))  # type: ignore[arg-type]
     pool.close()
     assert done == [2]
+
+
+def test_news_that_come_while_a_request_is_being_sent_wake_its_thread_once() -> None:
+    looks: list[int] = []
+    sending, go_on = threading.Event(), threading.Event()
+
+    def work(_request: Any) -> None:
+        looks.append(len(inbox))
+        sending.set()
+        assert go_on.wait(60)
+
+    inbox: list[int] = []
+    request: Any = SimpleNamespace(key=1, awaited=False)
+    pool = SenderPool(1, work, lambda _request, _error: None)
+    for news in range(5):
+        inbox.append(news)
+        pool.wake(request)
+        assert sending.wait(60)  # the first one is being sent while the others come
+    go_on.set()
+    pool.close()
+    assert looks == [1, 5]
 
 
 def test_a_token_beyond_the_vocabulary_is_the_requests_fault(house: House) -> None:
