@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +48,6 @@ def test_what_is_taken_is_what_came_in_order(came: list[Tokens | End]) -> None:
     taken = request.take()
     assert flat(taken) == flat(came)
     assert not request.inbox
-    for before, after in zip(taken, taken[1:], strict=False):
+    for before, after in itertools.pairwise(taken):
         joinable = isinstance(before, Tokens) and isinstance(after, Tokens) and before.output == after.output
         assert not joinable, "tokens of one output that follow each other are one event"
