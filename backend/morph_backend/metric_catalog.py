@@ -64,7 +64,11 @@ def catalog(max_model_len: int) -> Mapping[str, MetricSpec]:
         "vllm:time_to_first_token_seconds": MetricSpec(
             HISTOGRAM, "From the arrival in the model, so without Triton's queue, to the first token.", _TTFT
         ),
-        "vllm:time_per_output_token_seconds": MetricSpec(HISTOGRAM, "Between two tokens of one output.", _TPOT),
+        "vllm:time_per_output_token_seconds": MetricSpec(
+            HISTOGRAM,
+            "Between two tokens of one output; of more than 100 in one export, 100 that stand for all.",
+            _TPOT,
+        ),
         "vllm:e2e_request_latency_seconds": MetricSpec(
             HISTOGRAM,
             "From the arrival in the model to the last token, of requests that end with stop or length.",

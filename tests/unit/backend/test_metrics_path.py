@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from morph_backend.engine_metrics import EngineMetrics
-from morph_backend.exporter import MetricsExporter
+from morph_backend.exporter import MOST_OBSERVED, MetricsExporter, sample
 from morph_backend.metric_catalog import catalog, one_two_five
 from morph_backend.queue_watch import BacklogProbe, QueueReading, QueueWatch, make_signal, parse_reading
 from morph_backend.recorder import MetricsRecorder
@@ -79,6 +81,33 @@ def test_one_thread_makes_every_metric_call(metric_families: Any) -> None:
     assert sorted(histogram.values) == list(range(20)) and histogram.buckets == list(one_two_five(1000))
     (counter,) = by_name["morph_requests_total"].metrics
     assert counter.labels == {"model": "morph", "version": "1", "outcome": "stop"} and counter.value == 1
+
+
+@given(st.lists(st.floats(0, 1e3), max_size=400), st.integers(1, 60))
+def test_a_sample_stands_for_all_values(values: list[float], most: int) -> None:
+    found = list(sample(values, most))
+    if len(values) <= most:
+        assert found == values
+        return
+    assert len(found) == most and found == sorted(found) and set(found) <= set(values)
+    for quantile in (0.1, 0.5, 0.9):
+        at = int(quantile * most)
+        below = sum(value < found[at] for value in values), sum(value <= found[at] for value in values)
+        assert below[0] <= (at + 1) * len(values) / most and below[1] >= at * len(values) / most
+
+
+def test_a_value_for_every_token_does_not_cost_a_call_for_every_token(metric_families: Any) -> None:
+    recorder = MetricsRecorder()
+    running = exporter(recorder)
+    recorder.observe("vllm:time_per_output_token_seconds", *(n / 1e4 for n in range(10_000)))
+    recorder.gauge("morph_level", 3)
+    running._create_families()
+    running._export(recorder.take())
+    by_name = {family.name: family for family in metric_families.made}
+    (histogram,) = by_name["vllm:time_per_output_token_seconds"].metrics
+    assert len(histogram.values) == MOST_OBSERVED
+    assert sum(histogram.values) / MOST_OBSERVED == pytest.approx(0.5, abs=0.01)
+    assert by_name["morph_level"].metrics[0].value == 3
 
 
 def test_a_server_without_metrics_is_tolerated(metric_families: Any) -> None:
