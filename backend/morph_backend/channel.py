@@ -15,6 +15,8 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
+from morph_backend.send_watch import SendTimes
+
 
 class Status(Enum):
     """Triton's status of an error; the values are names because Triton fills its module in after our import."""
@@ -28,8 +30,10 @@ class Status(Enum):
 class ResponseChannel:
     """Wraps Triton's response sender. Safe to use from several threads."""
 
-    def __init__(self, sender: Any) -> None:
+    def __init__(self, sender: Any, times: SendTimes | None = None) -> None:
+        """`times` is told of each send."""
         self._sender = sender
+        self._times = times or SendTimes()
         self._lock = threading.Lock()
         self._closed = False
 
@@ -54,7 +58,7 @@ class ResponseChannel:
             if final:
                 self._finish(response)
             else:
-                self._sender.send(response)
+                self._send(self._sender, response)
             return True
 
     def fail(self, status: Status, message: str) -> bool:
@@ -76,15 +80,22 @@ class ResponseChannel:
         finally:
             self._lock.release()
 
+    def _send(self, sender: Any, *arguments: Any, **named: Any) -> None:
+        self._times.begin()
+        try:
+            sender.send(*arguments, **named)
+        finally:
+            self._times.end()
+
     def _finish(self, response: Any) -> None:
         self._closed = True
         sender, self._sender = self._sender, None  # the request's memory in Triton goes with the last reference
         final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
-            sender.send(response, final)
+            self._send(sender, response, final)
         except Exception as error:  # noqa: BLE001 - whatever it was, the request must be closed
             logging.getLogger(__name__).warning("the final response could not be sent: %s", error)
             try:
-                sender.send(flags=final)
+                self._send(sender, flags=final)
             except Exception as second:  # noqa: BLE001 - nothing is left to try
                 logging.getLogger(__name__).error("the request could not be closed: %s", second)

@@ -27,6 +27,7 @@ from morph_backend.nudge import QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.run_control import KEY_VARIABLE
+from morph_backend.send_watch import SendWatch
 from morph_backend.service import Service
 from morph_backend.settings import BackendSettings, backend_settings, has_queue_timeouts, load_model_file
 from morph_runtime.config import EngineConfig, log_level, resolve_model_folder
@@ -98,6 +99,7 @@ class TritonPythonModel:
             self._nudges.close()
             self._backlog.close()
         self._queue_watch.close()
+        self._send_watch.close()
         self._housekeeper.close()
         self._service.close()
         if self._exporter is not None:
@@ -160,6 +162,10 @@ class TritonPythonModel:
         defect = self._service.on_defect
         self._housekeeper = Housekeeper(settings.cancel_poll_ms / 1e3, duties, defect)
         self._housekeeper.start()
+        self._send_watch = SendWatch(
+            self._service.sends, settings.send_silence_seconds or float("inf"), self._service.on_down, defect
+        )
+        self._send_watch.start()
         recorder.declare("morph_queue_nudges_total")
         self._exporter: MetricsExporter | None = None
         if settings.report_custom_metrics:

@@ -21,6 +21,7 @@ from morph_backend.recorder import MetricsRecorder
 from morph_backend.responder import UNHEALTHY, Responder
 from morph_backend.run_control import MODE, RunControl, check_key
 from morph_backend.rungs import RungShares
+from morph_backend.send_watch import SendTimes
 from morph_backend.senders import SenderPool
 from morph_backend.vocabulary import check_prompt, spell_bad_words
 from morph_runtime.credits import CreditLimits, EngineNews
@@ -32,7 +33,7 @@ from morph_runtime.text.parameters import ParameterLimits
 from morph_runtime.text.tokenizer import Tokenizer, check_context
 
 SHUTTING_DOWN = "The server is shutting down."
-THREADS = ("execute", "engine-reader", "housekeeper", "metrics", "queue-nudger", "queue-watch")
+THREADS = ("execute", "engine-reader", "housekeeper", "metrics", "queue-nudger", "queue-watch", "send-watch")
 """Threads whose defects are counted, from 0 on; those that send join them with their first."""
 
 
@@ -80,6 +81,7 @@ class Service:
         self._engine_metrics = EngineMetrics(recorder)
         self._lock = threading.Lock()
         self._open = OpenRequests()
+        self.sends = SendTimes()
         self._refusal = ""  # why no request is taken any more; guarded by _lock
         self._engine: Engine | None = None
         self._up = False
@@ -163,7 +165,7 @@ class Service:
             sender: Triton's response sender.
             read: reads the request; raises RequestError.
         """
-        channel = ResponseChannel(sender)
+        channel = ResponseChannel(sender, self.sends)
         try:
             self._handle(channel, read)
         except RequestError as error:
@@ -313,8 +315,8 @@ class Service:
         self._engine_metrics.restarted()
 
     def on_down(self, reason: str) -> None:
-        """No engine will come any more: every open request ends with an error, and so does every later one."""
-        logging.getLogger(__name__).error("the engine is down: %s", reason)
+        """Nothing can be served any more: every open request ends with an error, and so does every later one."""
+        logging.getLogger(__name__).error("nothing can be served any more: %s", reason)
         self._up = False
         self._engine_metrics.up(False)
         self.refuse(f"{UNHEALTHY}: {reason}")

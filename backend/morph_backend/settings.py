@@ -44,6 +44,8 @@ class BackendSettings:
     engine_silence_seconds: int = 60
     """Seconds without a word of the engine, while it has requests, after which it is killed and restarted; 0: never.
     Longer than the longest step."""
+    send_silence_seconds: int = 60
+    """Seconds that Triton may take over one response before it is taken to hang, and the server ends; 0: for ever."""
 
 
 _LIMITS: Mapping[str, tuple[int, int]] = {
@@ -56,6 +58,7 @@ _LIMITS: Mapping[str, tuple[int, int]] = {
     "engine_restarts": (0, 1000),
     "engine_restart_pause_ms": (0, 30_000),
     "engine_silence_seconds": (0, 86_400),
+    "send_silence_seconds": (0, 86_400),
 }
 
 

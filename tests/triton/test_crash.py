@@ -8,14 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fake_engine import SEED_CRASH
+from tiny_model import write_tiny_model
 from triton_server import TritonServer, fake_repository, real_repository
 from wire_client import GrpcStream, generate, grpc_status, pending, post, text_of, until
 
 pytestmark = pytest.mark.triton
 
+ENDS = "The server ends because it can serve nothing any more:"
 GREEDY = {"max_tokens": 300, "temperature": 0, "ignore_eos": True}
 SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": GREEDY,
@@ -150,7 +153,7 @@ def test_an_engine_that_is_given_up_ends_every_stream_and_the_server(tmp_path: P
         assert grpc_status(server, "abc") == "UNAVAILABLE"
         until(lambda: server.metric("morph_engine_up") == 0)
         assert server.process.wait(100) == 1
-        assert "The server ends because its engine has: The engine process ended unexpectedly." in server.output()
+        assert f"{ENDS} The engine process ended unexpectedly." in server.output()
         until(lambda: not server.family(), what="the end of all processes")
         assert not list(tmp_path.glob("morphserve-*"))
     finally:
@@ -173,6 +176,29 @@ def test_who_waits_when_the_engine_is_given_up_gets_its_error(tmp_path: Path) ->
         lasts = [stream.rest(100)[-1] for stream in streams]
         assert all("unhealthy vLLM engine: The engine process ended" in last.error for last in lasts)
         assert server.process.wait(100) == 1
-        assert "The server ends because its engine has: The engine process ended unexpectedly." in server.output()
+        assert f"{ENDS} The engine process ended unexpectedly." in server.output()
+    finally:
+        server.stop()
+
+
+def test_a_front_end_that_takes_no_response_any_more_ends_the_server(tmp_path: Path) -> None:
+    """As a lock-up inside Triton looks to the serving process; here tritonserver is stopped."""
+    repository = fake_repository(tmp_path / "repository", SEND_SILENCE_SECONDS="1")
+    environment = {
+        "MORPH_MODEL": str(write_tiny_model(tmp_path / "model")),
+        "MORPH_MODEL_REPOSITORY": str(repository),
+    }
+    server = TritonServer(tmp_path, environment)
+    try:
+        server.wait_ready().wait_metrics()
+        stream = GrpcStream(server).ask("hello world", {"max_tokens": 400, "ignore_eos": True})
+        stream.next()
+        (triton,) = (child for child in psutil.Process(server.process.pid).children() if child.name() == "tritonserver")
+        triton.suspend()
+        until(lambda: f"{ENDS} Triton has not taken a response for 1 s" in server.output(), what="the launcher's word")
+        triton.resume()
+        assert "unhealthy vLLM engine: Triton has not taken a response" in stream.rest(100)[-1].error
+        assert server.process.wait(100) == 1
+        until(lambda: not server.family(), what="the end of all processes")
     finally:
         server.stop()

@@ -138,7 +138,7 @@ class Supervisor:
         _wait(server, LAST_WORDS_S)
         self._filter.started()
         self._filter.ending()
-        _complain(f"The server ends because its engine has: {reason}")
+        _complain(f"The server ends because it can serve nothing any more: {reason}")
         return 1
 
     def _model_gone(self) -> bool:
