@@ -42,7 +42,8 @@ class RequestAccounting:
         return [gap_s / count] * count if count else []
 
     def paced(self, seconds: list[float]) -> None:
-        """Seconds per output token of a step's tokens."""
+        """Seconds per output token of a step's tokens: together, for the senders want the recorder's lock too, and one
+        turn of it for every stream costs a step several times its own work (`bench/serving/backend_cost.py`)."""
         self._recorder.observe("vllm:time_per_output_token_seconds", *seconds)
 
     def generated(self, levels: list[int]) -> None:

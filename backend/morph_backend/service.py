@@ -66,7 +66,7 @@ class Service:
         classes: Sequence[SloClass] = (),
         admin_key: str = "",
     ) -> None:
-        """`on_decisions` is told of the controller's decisions; `on_gone` why the engine is gone, after all streams;
+        """`on_decisions` is told of the controller's decisions; `on_gone` why nothing can be served any more;
         `classes` are those that requests may name; `admin_key` is what requests that change the controller must have.
         """
         self._tokenizer = tokenizer

@@ -130,7 +130,7 @@ class Supervisor:
         server.wait()
 
     def _engine_gone(self) -> str | None:
-        """Why the engine has ended; an error before `ready` is another matter: then Triton ends by itself."""
+        """Why the model can serve no more; an error before `ready` is another matter: then Triton ends by itself."""
         return self._control.heard("error") if self._control.heard("ready") is not None else None
 
     def _explain_engine(self, server: subprocess.Popen[bytes], reason: str) -> int:
