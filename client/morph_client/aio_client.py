@@ -7,6 +7,7 @@ themselves, not through ``tritonclient.grpc.aio``: its iterators and result obje
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
@@ -61,7 +62,7 @@ class AsyncTokenStream:
                 self._reader.check_complete()
                 break
             if response.error_message:
-                self.close()
+                await self._read_to_end()
                 raise from_message(response.error_message)
             chunk = self._reader.read(response.infer_response)
             if chunk is not None:
@@ -74,13 +75,22 @@ class AsyncTokenStream:
         self._call.cancel()
 
     def close(self) -> None:
-        """Ends the iteration, and cancels on the server if the answer is not complete. May be repeated."""
+        """Ends the iteration, and cancels on the server unless it has been read to its end. May be repeated."""
         self._closed = True
         self._call.cancel()
 
     async def aclose(self) -> None:
-        """:meth:`close`, for ``contextlib.aclosing``."""
+        """:meth:`close`, but lets an answer that is complete end by itself."""
+        if self._is_open() and self._reader.complete:
+            await self._read_to_end()
         self.close()
+
+    async def _read_to_end(self) -> None:
+        """After the last response. It is not left to a cancellation: one at a stream's end can crash Triton 2.51."""
+        self._closed = True
+        with contextlib.suppress(grpc.RpcError):  # what was to be said has been said
+            while await self._call.read() is not grpc.aio.EOF:
+                pass
 
     async def __aenter__(self) -> AsyncTokenStream:
         return self
@@ -88,7 +98,7 @@ class AsyncTokenStream:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        await self.aclose()
 
     def __del__(self) -> None:
         # A stream that is dropped half read must not go on occupying the server. The collector may run in any thread.
@@ -117,7 +127,7 @@ class AsyncMorphClient:
         self.url = grpc_target(url)
         self.metrics_url = metrics_url or metrics_url_for(self.url)
         self.model = model
-        self._metadata = (*(headers or {}).items(), wire.STATUS_HEADER)
+        self._metadata = tuple((headers or {}).items())
         self._connections = connections
         self._credentials = credentials
         self._channels: list[Any] = []

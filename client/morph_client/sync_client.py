@@ -7,6 +7,7 @@ idle stream is left open that would keep Triton from shutting down.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from types import TracebackType
@@ -54,7 +55,7 @@ class TokenStream:
                     raise Cancelled("the request was cancelled by this client") from None
                 raise from_status(error.code().name, error.details(), self._url) from None
             if response.error_message:
-                self.close()
+                self._read_to_end()
                 raise from_message(response.error_message)
             chunk = self._reader.read(response.infer_response)
             if chunk is not None:
@@ -68,8 +69,17 @@ class TokenStream:
 
     def close(self) -> None:
         """Ends the iteration, and cancels on the server if the answer is not complete. May be repeated."""
+        if self._is_open() and self._reader.complete:
+            self._read_to_end()
         self._closed = True
         self._call.cancel()
+
+    def _read_to_end(self) -> None:
+        """After the last response. It is not left to a cancellation: one at a stream's end can crash Triton 2.51."""
+        self._closed = True
+        with contextlib.suppress(grpc.RpcError):  # what was to be said has been said
+            for _ in self._call:
+                pass
 
     def __enter__(self) -> TokenStream:
         return self
@@ -82,7 +92,8 @@ class TokenStream:
     def __del__(self) -> None:
         # A stream that is dropped half read must not go on occupying the server.
         if self._is_open():
-            self.close()
+            self._closed = True
+            self._call.cancel()
 
     def _is_open(self) -> bool:
         return not self._closed
@@ -111,7 +122,7 @@ class MorphClient:
         self.url = grpc_target(url)
         self.metrics_url = metrics_url or metrics_url_for(self.url)
         self.model = model
-        self._metadata = (*(headers or {}).items(), wire.STATUS_HEADER)
+        self._metadata = tuple((headers or {}).items())
         options = wire.channel_options(own_connection=connections > 1)
         self._channels = [
             grpc.secure_channel(self.url, credentials, options)

@@ -16,10 +16,6 @@ from tritonclient.grpc import service_pb2
 from morph_client.errors import InvalidRequest, ServerError
 from morph_client.types import Chunk, OutputChunk, RungShare, SamplingParams, TokenLogprob
 
-# Asks Triton for a gRPC status with each error of a stream. Errors found before a request is queued
-# (an unknown model, say) still come as plain words inside the stream, so both are handled.
-STATUS_HEADER = ("triton_grpc_error", "true")
-
 _LARGEST_MESSAGE = 2**31 - 1
 _ALWAYS_ASKED = ("return_finish_reason", "return_num_input_tokens", "return_num_output_tokens")
 _DETAILS = ("return_morph_level", "return_rung_share", "return_num_cached_tokens")
@@ -146,7 +142,8 @@ class ResponseReader:
 
     def __init__(self) -> None:
         self._sent = time.monotonic()
-        self._complete = False
+        self.complete = False
+        """Whether the last response has come: what is left of the stream is its end."""
 
     def read(self, response: Any) -> Chunk | None:
         """One ``ModelInferResponse``; ``None`` if it holds no text (an empty final response)."""
@@ -154,12 +151,12 @@ class ResponseReader:
         parameters = response.parameters
         final = "triton_final_response" in parameters and parameters["triton_final_response"].bool_param
         if final or (chunk is not None and all(output.finish_reason for output in chunk.outputs)):
-            self._complete = True
+            self.complete = True
         return chunk
 
     def check_complete(self) -> None:
         """Call at the end of the stream. Raises :class:`ServerError` if the last response never came."""
-        if not self._complete:
+        if not self.complete:
             raise ServerError("the stream ended before its last response: the text may be cut off")
 
 

@@ -11,10 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import grpc
 import numpy as np
 import tritonclient.grpc as grpcclient
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from triton_server import TritonServer
@@ -141,21 +139,6 @@ class GrpcStream:
     def close(self) -> None:
         self.client.stop_stream()
         self.client.close()
-
-
-def grpc_status(server: TritonServer, text: str) -> str:
-    """The gRPC status of a refused request; `triton_grpc_error` makes Triton use real ones."""
-    request = service_pb2.ModelInferRequest(model_name="morph")
-    request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
-    request.raw_input_contents.append(len(text.encode()).to_bytes(4, "little") + text.encode())
-    with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        call = stub.ModelStreamInfer(iter([request]), metadata=(("triton_grpc_error", "true"),))
-        try:
-            list(call)
-        except grpc.RpcError:
-            return call.code().name
-    return "OK"
 
 
 def tensor(name: str, values: list[Any]) -> Any:

@@ -24,12 +24,14 @@ from tritonclient.grpc import service_pb2_grpc
 
 LAYERS = 8
 CACHED_TOKENS = 1
+LINGER_S = 0.2
+"""How long after its last response a stream ends whose prompt has the word "lingering"."""
 REFUSALS = {
     "refuse": (grpc.StatusCode.INVALID_ARGUMENT, "temperature must be at least 0"),
     "full": (grpc.StatusCode.UNAVAILABLE, "[request id: 7] Exceeds maximum queue size"),
     "late": (grpc.StatusCode.UNAVAILABLE, "Request timeout expired"),
-    "dead": (grpc.StatusCode.UNAVAILABLE, "the engine is gone"),
-    "broken": (grpc.StatusCode.INTERNAL, "something broke"),
+    "dead": (grpc.StatusCode.UNAVAILABLE, "Model is unavailable due to unhealthy vLLM engine: it is gone."),
+    "broken": (grpc.StatusCode.INTERNAL, "The engine could not finish it."),
     "dropped": (grpc.StatusCode.CANCELLED, "Request was cancelled"),
 }
 
@@ -72,7 +74,9 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
 
     def __init__(self, slots: int = 64, token_s: float = 0.001, level: int = 0, falls_idle: bool = False) -> None:
         self.requests: list[Any] = []
+        self.headers: list[dict[str, str]] = []
         self.arrived = threading.Semaphore(0)
+        self.answered = 0  # streams that ended by themselves
         self.cancelled = threading.Semaphore(0)
         self.hanging: list[threading.Event] = []  # each ends a "hang"
         self.context: int | None = None  # in words; None takes any length
@@ -92,6 +96,8 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         answered = threading.Event()
         # gRPC drops the generator of a cancelled call without a word, so the call itself is watched.
         context.add_callback(lambda: None if answered.is_set() else self.cancelled.release())
+        self.headers.append(dict(context.invocation_metadata()))
+        lingers = False
         for request in request_iterator:
             self.requests.append(request)
             self.arrived.release()
@@ -100,17 +106,21 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
                 for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
                 if tensor.datatype == "BYTES"
             }
+            lingers = "lingering" in texts["text_input"]
             yield from self._answer(texts["text_input"], json.loads(texts["sampling_parameters"]), context)
+        if lingers:
+            time.sleep(LINGER_S)
+        self.answered += 1
         answered.set()
 
     def _answer(self, prompt: str, sampling: dict[str, Any], context: Any) -> Iterator[Any]:
         word = prompt.split()[0] if prompt.split() else ""
         if word in REFUSALS:
             code, words = REFUSALS[word]
-            if "in-band" in prompt:
-                yield pb.ModelStreamInferResponse(error_message=words)
-                return
-            context.abort(code, words)
+            if "as-a-status" in prompt:
+                context.abort(code, words)
+            yield pb.ModelStreamInferResponse(error_message=words)
+            return
         if word == "hang":
             over = threading.Event()
             self.hanging.append(over)
@@ -123,7 +133,8 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         count = sampling.get("max_tokens", 16)
         if self.context is not None and len(prompt.split()) + count > self.context:
             words = f"max_tokens {count} exceed the context of {self.context} tokens."
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, words)
+            yield pb.ModelStreamInferResponse(error_message=words)
+            return
         with self._place():
             for i in range(count):
                 time.sleep(0.02 if word == "slow" else self.token_s)

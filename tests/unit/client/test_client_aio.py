@@ -53,7 +53,7 @@ async def test_generate_returns_the_whole_answer(triton: FakeTriton) -> None:
     assert answer.text == "w0 w1 w2 w3 " and 0 < answer.ttft_s < answer.e2e_s
 
 
-@pytest.mark.parametrize("how", ["", " in-band"])
+@pytest.mark.parametrize("how", ["", " as-a-status"])
 @pytest.mark.parametrize(
     ("word", "kind"), [("refuse", InvalidRequest), ("full", QueueFull), ("late", QueueTimeout), ("dropped", Cancelled)]
 )
@@ -87,6 +87,26 @@ async def test_leaving_the_with_block_cancels_on_the_server(triton: FakeTriton) 
             await anext(chunks)
         assert await cancelled_on_server(triton)
         assert [c async for c in chunks] == []
+
+
+@pytest.mark.parametrize("ends", ["refuse lingering", "full lingering", "say it lingering"])
+async def test_a_stream_that_is_ending_is_left_to_end(triton: FakeTriton, ends: str) -> None:
+    """Cancelled at that moment it can crash Triton 2.51."""
+    async with connect(triton) as client:
+        async with client.stream(ends, sampling=SamplingParams(max_tokens=2)) as chunks:
+            try:
+                while not (await anext(chunks)).finish_reason:
+                    pass
+            except MorphError:
+                assert "say" not in ends
+        assert triton.service.answered == 1
+        assert [c async for c in chunks] == []
+
+
+async def test_no_header_asks_for_what_crashes_triton(triton: FakeTriton) -> None:
+    async with connect(triton) as client:
+        await client.generate("say it")
+    assert not [name for name in triton.service.headers[0] if name.startswith("triton")]
 
 
 async def test_dropping_a_stream_half_read_cancels_on_the_server(triton: FakeTriton) -> None:

@@ -56,7 +56,7 @@ def test_an_empty_final_response_is_no_chunk(client: MorphClient) -> None:
     assert [c.text for c in chunks] == ["w0 ", "w1 "]
 
 
-@pytest.mark.parametrize("how", ["", " in-band"])
+@pytest.mark.parametrize("how", ["", " as-a-status"])
 @pytest.mark.parametrize(
     ("word", "kind"), [("refuse", InvalidRequest), ("full", QueueFull), ("late", QueueTimeout), ("dropped", Cancelled)]
 )
@@ -91,6 +91,24 @@ def test_leaving_the_with_block_cancels_on_the_server(client: MorphClient, trito
         next(chunks)
     assert triton.service.cancelled.acquire(timeout=60)
     assert list(chunks) == []
+
+
+@pytest.mark.parametrize("ends", ["refuse lingering", "full lingering", "say it lingering"])
+def test_a_stream_that_is_ending_is_left_to_end(client: MorphClient, triton: FakeTriton, ends: str) -> None:
+    """Cancelled at that moment it can crash Triton 2.51."""
+    with client.stream(ends, sampling=SamplingParams(max_tokens=2)) as chunks:
+        try:
+            while not next(chunks).finish_reason:
+                pass
+        except MorphError:
+            assert "say" not in ends
+    assert triton.service.answered == 1
+    assert list(chunks) == []
+
+
+def test_no_header_asks_for_what_crashes_triton(client: MorphClient, triton: FakeTriton) -> None:
+    client.generate("say it")
+    assert not [name for name in triton.service.headers[0] if name.startswith("triton")]
 
 
 def test_dropping_a_stream_half_read_cancels_on_the_server(client: MorphClient, triton: FakeTriton) -> None:
