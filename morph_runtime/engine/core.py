@@ -124,7 +124,7 @@ class Engine:
         request = self._parts.intake.cancel(key)
         self._histories.end(key)
         if request is not None:
-            if request.output_len:
+            if request.output_len and request.started:  # what an engine before this one began has no times here
                 # Stop strings are matched outside and end requests this way: their lengths count like any other's.
                 self._statistics.finished(request, time.monotonic())
             self._news.finished.append(Finished(key, "cancelled", "", request.preemptions))
@@ -267,7 +267,7 @@ class Engine:
             if request.state is running:  # else it has ended since the launch
                 own, request.prompt_scores = request.prompt_scores, []
                 score = [scores[row]] if row in scores else []
-                if len(request.tokens) == request.prompt_len + 1:
+                if request.tokens[request.prompt_len] < 0:  # unknown until `resolve`, whatever runs behind it
                     self._statistics.first_token(request, now)
                 history = self._histories.take(request.key) if told else []
                 news.tokens.append(TokenDelta(request.key, [token], levels, score, own, history))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from morph_runtime.sampling.penalties import FIRST_ROOM, PenaltyState
@@ -25,6 +25,7 @@ def counted(tokens: list[int], prompt_len: int) -> tuple[torch.Tensor, torch.Ten
     pieces=st.lists(st.lists(TOKENS, max_size=3), max_size=20),
     scanned=st.integers(0, 700),
 )
+@example(prompt=list(range(700)), resumed=[3, 3, 701], pieces=[[702], [3, 702]], scanned=FIRST_ROOM)
 def test_counts_are_those_of_counting_token_by_token(
     prompt: list[int], resumed: list[int], pieces: list[list[int]], scanned: int
 ) -> None:
