@@ -142,7 +142,9 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
     pool = BlockPool(cache.mapped_blocks)
     prefix = PrefixCache(config.cache, pool, block_tokens)
     scheduler = Scheduler(config.scheduler, pool, prefix, block_tokens, max_model_len, spec.eos_ids)
-    resizer = KVResizer(arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, device.order)
+    resizer = KVResizer(
+        arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, lambda: scheduler.num_running, device.order
+    )
     resizer.grow(capacities[0])
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake

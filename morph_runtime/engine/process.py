@@ -39,7 +39,7 @@ SHIFT_POLL_S = 0.002
 """Between looks at a GPU that copies layers while no step runs; one takes 8 ms."""
 QUIET_S, CHECK_EVERY_S = 1.0, 60.0
 """The books are checked when there has been nothing to do for so long, and no more often than that: a check stops the
-loop (60 ms where 40,000 blocks are cached), and the next request of a client that waits for its answers comes at once."""
+loop (60 ms where 40,000 blocks are cached), and a client that waits for its answers sends the next request at once."""
 
 
 class Inbox:
@@ -83,9 +83,7 @@ class Inbox:
             os._exit(1)
 
 
-def serve(
-    inbox: Inbox, writer: FrameWriter, config: EngineConfig, clock: Callable[[], float] = time.monotonic
-) -> None:
+def serve(inbox: Inbox, writer: FrameWriter, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
     """Build the engine and run it until the socket closes or a drain is complete."""
     from morph_runtime.engine.build import build_engine  # torch is imported only once the settings are known
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from morph_runtime.kv import BlockPool, KVCache
+from morph_runtime.kv import BlockPool, CannotShrink, KVCache
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.fence import DeviceOrder, Fence
 
@@ -25,13 +25,16 @@ class KVResizer:
         pool: BlockPool,
         staging_extents: int,
         remap: Callable[[Mapping[int, int]], None],
+        running: Callable[[], int],
         order: DeviceOrder,
     ) -> None:
+        """`remap`: patches the block tables; `running`: how many requests hold blocks, and may want another each."""
         self._arena = arena
         self._cache = cache
         self._pool = pool
         self._staging = staging_extents
         self._remap = remap
+        self._running = running
         self._order = order
         self._shrinking: tuple[int, Fence] | None = None
         self.has_lent = False
@@ -66,20 +69,30 @@ class KVResizer:
         self.has_lent = False
         return quanta * self._cache.quantum_blocks
 
-    def must_move(self, blocks: int) -> bool:
-        """Whether `lower` to so many blocks would move any."""
-        return self._pool.is_live_from(blocks)
-
-    def lower(self, blocks: int) -> None:
+    def lower(self, blocks: int, before_move: Callable[[], None] = lambda: None) -> None:
         """Give up all blocks from `blocks`, whole quanta, on; their pages come back with `finish`.
 
+        A block stays free for each request that runs, so that all of them can go on: until each has written a block
+        full, none is preempted for what was given up. The scheduler's watermark is not asked for: it bounds what gets
+        in, whose prompt has its blocks, and may be less than what runs takes at its next step.
+
+        Args:
+            blocks: to remain.
+            before_move: called before live blocks move.
+
         Raises:
-            CannotShrink: more blocks are live than would remain; nothing has changed.
+            CannotShrink: too many blocks are live; nothing has changed.
         """
         quanta = (self._cache.mapped_blocks - blocks) // self._cache.quantum_blocks
         if quanta <= 0:
             return
-        self._pool.reserve_below(self._cache.mapped_blocks - quanta * self._cache.quantum_blocks)
+        remaining = self._cache.mapped_blocks - quanta * self._cache.quantum_blocks
+        live, running = self._pool.num_used, self._running()
+        if live + running > remaining:
+            raise CannotShrink(f"{live} KV blocks are live and {running} requests run, only {remaining} would remain.")
+        if self._pool.is_live_from(remaining):
+            before_move()
+        self._pool.reserve_below(remaining)
         pairs = self._pool.plan_migration()
         if pairs:
             self._cache.copy_blocks(pairs)

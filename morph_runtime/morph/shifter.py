@@ -68,6 +68,8 @@ class LevelShifter:
         self._room = 0
         """The mildest level for which KV blocks have been given up, on the way up."""
         self._began_s: deque[float] = deque()
+        self._refused_at = -1
+        """The level from which no way up was found, and said so; -1: none since the last that was found."""
         self._hold_s = 0.0
         self._hold_until_s = 0.0
         self.level = 0
@@ -154,18 +156,20 @@ class LevelShifter:
         if self._room >= self._begun:
             # The whole bundle at once if live KV allows, else one layer.
             for goal in (max(self.target, self._begun - self._swapper.depth), self._begun - 1):
-                if self._resizer.must_move(self._capacities[goal]):
-                    self._before_change()
                 try:
-                    self._resizer.lower(self._capacities[goal])
+                    self._resizer.lower(self._capacities[goal], self._before_change)
                 except CannotShrink as reason:
                     refusal = reason
                     continue
                 self._room = goal
+                self._refused_at = -1
                 break
             else:
-                # Live KV came back since the decision: stay, the controller will ask again.
-                logging.getLogger(__name__).info("up-shift refused: %s", refusal)
+                # Live KV came back since the decision, or somebody wants the level whatever the load: stay, the
+                # controller will ask again, and may go on asking with every decision.
+                if self._begun != self._refused_at:
+                    self._refused_at = self._begun
+                    logging.getLogger(__name__).info("up-shift refused at level %d for now: %s", self._begun, refusal)
                 self.target = self._begun
                 self.counters.refused += 1
                 return False

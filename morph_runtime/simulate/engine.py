@@ -127,13 +127,13 @@ class SimulatedEngine:
         now = self.now_s
         shifts = self.shifts
         if shifts.busy:
-            shifts.poll(now, self.used)
+            shifts.poll(now, self.used, self.running)
         if now >= self._next_decision_s:
             self._next_decision_s = now + self._interval_s
             assert self._decide is not None
             self._decide(self)
             if shifts.busy:
-                shifts.poll(now, self.used)
+                shifts.poll(now, self.used, self.running)
         for key in self.queue.take(min(now, self._seen_s) if self._seen_s > -math.inf else now):
             heapq.heappush(self.waiting, key)
         self._run(until_s, self._lacks_blocks and self._make_room())

@@ -39,8 +39,9 @@ class Shifts:
         """The level once the layer that is changing has changed."""
         return self.level + self._direction
 
-    def poll(self, now_s: float, used: int) -> None:
-        """Book the layers that have changed by now and begin what can begin; `used` blocks are live.
+    def poll(self, now_s: float, used: int, running: int) -> None:
+        """Book the layers that have changed by now and begin what can begin; `used` blocks are live, `running` requests
+        may want another each.
 
         At one step boundary no more than `depth` layers change.
         """
@@ -60,7 +61,7 @@ class Shifts:
                 self._direction = 1
                 self._room = self.level
                 self.next_s = began_s + self._costs.shift_s(self.level, self.level + 1)
-            elif self._give_up_blocks(used):
+            elif self._give_up_blocks(used + running):
                 self._direction = -1
                 self.next_s = began_s + self._costs.shift_s(self.level, self.level - 1)
             else:
@@ -87,12 +88,13 @@ class Shifts:
         self._room = self.level
         self.capacity = self._capacities[self.level]
 
-    def _give_up_blocks(self, used: int) -> bool:
-        """Lower the capacity for the next layers up: the whole bundle if live KV allows, else one; False if neither."""
+    def _give_up_blocks(self, needed: int) -> bool:
+        """Lower the capacity for the next layers up: the whole bundle if that leaves what is needed, else one; False if
+        neither does."""
         if self._room < self.level:
             return True
         for goal in (max(self.target, self.level - self._depth), self.level - 1):
-            if used <= self._capacities[goal]:
+            if needed <= self._capacities[goal]:
                 self._room = goal
                 self.capacity = min(self.capacity, self._capacities[goal])
                 return True

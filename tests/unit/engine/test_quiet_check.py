@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import cast
 
@@ -89,12 +90,20 @@ def test_no_check_comes_between_request_and_request_and_one_when_they_are_over(
     assert last_s < times[0] < last_s + 2 * QUIET_S, "the outer queue's news are no work"
 
 
+def test_no_request_finds_a_check_under_way_when_it_comes_as_it_is_about_to_begin(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    came: list[tuple[float, ToEngine]] = [(1.1 * QUIET_S * k, request(k + 1)) for k in range(1, 20)]
+    times = checks(tiny_model, list(came), 60.0, monkeypatch)
+    assert times and not set(times) & {at_s for at_s, _ in came}
+
+
 def test_however_often_it_is_quiet_a_check_comes_once_a_minute(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = checks(tiny_model, [(3.0 * k, request(k + 1)) for k in range(50)], 300.0, monkeypatch)
     assert 2 <= len(times) <= 4
-    assert all(b - a >= CHECK_EVERY_S for a, b in zip(times, times[1:], strict=False))
+    assert all(b - a >= CHECK_EVERY_S for a, b in pairwise(times))
 
 
 def test_damaged_books_end_a_quiet_engine(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,7 @@ class ClosedLoop:
         return sum(job.blocks for job in self.running)
 
     def _aim(self, target: int) -> None:
-        if target < self.level and self.used > self.capacities[target]:
+        if target < self.level and self.used + len(self.running) > self.capacities[target]:
             return  # refused, as the shifter does
         if target != self.target:
             self.target = target

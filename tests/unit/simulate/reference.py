@@ -177,10 +177,10 @@ class Reference:
     def _shift(self) -> None:
         """Move the level, and the pool's capacity with it. Only where no step is in flight between steps."""
         shifts, pool = self.shifts, self.pool
-        shifts.poll(self.now, pool.num_used)
+        shifts.poll(self.now, pool.num_used, self.scheduler.num_running)
         if self.script and self.script[0][0] <= self.now:
             shifts.target = self.script.popleft()[1]
-            shifts.poll(self.now, pool.num_used)
+            shifts.poll(self.now, pool.num_used, self.scheduler.num_running)
         if shifts.capacity > pool.capacity:
             pool.grow(shifts.capacity)
         elif shifts.capacity < pool.capacity:
