@@ -112,7 +112,9 @@ def test_times_are_in_order(overlay: str) -> None:
     (load_s,) = re.findall(r'START_TIMEOUT_SECONDS" value: \{ string_value: "(\d+)"', config)
     probe = container(overlay, "triton")["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] > int(load_s)
-    pod = only(overlay, "Deployment")["spec"]["template"]["spec"]
+    deployment = only(overlay, "Deployment")["spec"]
+    assert deployment["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+    pod = deployment["template"]["spec"]
     settings = only(overlay, "ConfigMap")["data"]
     (_, stop_s) = container(overlay, "triton")["lifecycle"]["preStop"]["exec"]["command"]
     exit_s = 2 + 15 + 5  # what the launcher adds to the drain, at most (supervisor.py)
