@@ -74,8 +74,9 @@ def main() -> None:
     top = len(engine.parts.capacities) - 1
     rows = []
     for level in [*range(top + 1), *reversed(range(top))]:
-        while engine.parts.pool.num_used > engine.parts.capacities[level] - SPARE_BLOCKS:
-            engine.step(decide=False)  # on the way up: what is live must fit first
+        scheduler, pool = engine.parts.scheduler, engine.parts.pool
+        while pool.num_used > engine.parts.capacities[level] - max(SPARE_BLOCKS, scheduler.num_running):
+            engine.step(decide=False)  # on the way up: what is live must fit first, and a block for whatever runs
         engine.set_level(level)
         for _ in range(STEPS):
             if engine.parts.scheduler.num_waiting < 4:

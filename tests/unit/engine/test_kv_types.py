@@ -47,7 +47,7 @@ def test_logits_equal_a_reference_that_stores_the_same_way_while_levels_change_a
     tiny_model: Path, engines: EngineFactory, kv: str
 ) -> None:
     engine = engines(
-        tiny_model, morph={"order": "2,0,3,1", "ladder": ["w8", "w4"]}, memory={"kv_tokens": 256, "kv_dtype": kv}
+        tiny_model, morph={"order": "2,0,3,1", "ladder": ["w8", "w4"]}, memory={"kv_tokens": 384, "kv_dtype": kv}
     )
     oracle, unquantized = oracle_for(engine, tiny_model, STORED[kv]), oracle_for(engine, tiny_model)
     log: list[Ran | Moved] = []

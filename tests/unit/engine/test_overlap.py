@@ -72,7 +72,7 @@ class Load:
             prompt = [*rng.choice(stems)[: rng.choice([3, 17, 24])], *[rng.randrange(1, VOCAB)] * rng.randint(1, 20)]
             todo.append((key, prompt, rng.randint(1, 110), dict(rng.choice(self.kinds)), rng.randrange(3)))
         victims = set(rng.sample(range(self.count), self.count // 4)) if self.cancels else set()
-        steps = 0
+        steps, goal = 0, 0
         while todo or engine.has_requests:
             steps += 1
             assert steps < 5000, "the engine makes no progress"
@@ -80,8 +80,10 @@ class Load:
                 key, prompt, max_tokens, kind, priority = todo.pop(0)
                 told[key] = Told()
                 submit(engine, key, prompt, max_tokens, priority=priority, **kind)
-            if levels and steps % 9 == 0:
-                engine.parts.shifter.target = rng.randrange(len(engine.parts.capacities))
+            if levels:
+                if steps % 9 == 0:  # mostly to where the pool is small
+                    goal = rng.choice((0, 0, 0, 1, rng.randrange(len(engine.parts.capacities))))
+                engine.parts.shifter.target = goal  # asked again until there is room, as the controller does
             for key in [key for key in victims if key in told and rng.random() < 0.05]:
                 victims.discard(key)
                 engine.cancel(key)
@@ -162,7 +164,7 @@ def test_levels_change_and_blocks_move_between_steps_that_are_in_flight(
 ) -> None:
     settings = {"memory": {"kv_tokens": 160}, "morph": {"ladder": ["w8", "w4"]}, "cache": {"reuse": reuse}}
     engine, runner = overlapped(engines(folder, **settings), twice=True)
-    told = Load(3, KINDS, count=30).run(engine, levels=True)
+    told = Load(3, KINDS, count=60).run(engine, levels=True)
     assert all(len(one.ends) == 1 for one in told.values())
     assert runner.overlapped > runner.launches // 2, "the test must overlap"
     assert engine.parts.shifter.counters.up > 3 and engine.parts.resizer.blocks_migrated > 0, "the test must migrate"
