@@ -13,7 +13,8 @@ TORCH_INDEX ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.setup-done
+comma := ,
+STAMP := $(VENV)/.setup-done-$(subst $(comma),+,$(EXTRAS))
 
 .PHONY: help setup demo serve test test-unit test-triton test-deploy test-gpu chaos fuzz soak audit lint format clean distclean
 

@@ -59,8 +59,9 @@ class MemorySettings:
 
     budget_gib: float = 0.0
     """GiB for weights, KV cache, staging and workspace; 0: weights at full precision + `kv_tokens` of KV cache."""
-    kv_tokens: int = 8192
-    """Tokens of base KV capacity when `budget_gib` is 0."""
+    kv_tokens: int = 0
+    """Tokens of base KV capacity when `budget_gib` is 0; 0: 8,192 on a CPU; on a GPU the budget is nine tenths of its
+    memory, as vLLM's is."""
     extent_kib: int = 0
     """KiB per physical extent of the page arena; 0: chosen from the budget."""
     block_tokens: int = 16
@@ -264,7 +265,7 @@ def validate(config: EngineConfig) -> None:
     limits: list[tuple[str, float, float, float]] = [
         ("model.max_model_len", config.model.max_model_len, 0, 2**24),
         ("memory.budget_gib", config.memory.budget_gib, 0, 2**20),
-        ("memory.kv_tokens", config.memory.kv_tokens, 16, 2**40),
+        ("memory.kv_tokens", config.memory.kv_tokens or 16, 16, 2**40),
         ("memory.extent_kib", config.memory.extent_kib, 0, 2**20),
         ("memory.block_tokens", config.memory.block_tokens, 1, 1024),
         ("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 65536),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -118,7 +119,7 @@ def load_model_file(model_json: Path, env: Mapping[str, str] | None = None) -> M
         except (ValueError, OSError) as error:
             raise ConfigError(f"'{model_json}' cannot be read as JSON: {error}.") from None
     try:
-        translated = translate(values, gpu_memory_bytes)
+        translated = translate(values, gpu_memory_bytes, (os.environ if env is None else env).get("MORPH_DEVICE", ""))
         config = EngineConfig.from_mapping(translated.values)
     except ConfigError as error:
         raise ConfigError(f"'{model_json}': {error}") from None

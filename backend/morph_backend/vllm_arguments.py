@@ -79,12 +79,14 @@ class Translated:
     log_stats: bool = True
 
 
-def translate(values: Any, gpu_bytes: Callable[[], int]) -> Translated:
+def translate(values: Any, gpu_bytes: Callable[[], int], device: str = "") -> Translated:
     """Bring a `model.json` into the engine's own form; one that is in it already is left as it is.
 
     Args:
         values: what stands in the file.
         gpu_bytes: memory of the GPU that `gpu_memory_utilization` is a share of; 0 without a GPU.
+        device: what the environment says; it goes before what the file says. Where neither says anything, arguments of
+            vLLM's mean the GPU, if there is one.
 
     Raises:
         ConfigError: an argument that this engine cannot follow, or a setting that is given twice.
@@ -110,8 +112,11 @@ def translate(values: Any, gpu_bytes: Callable[[], int]) -> Translated:
         elif key not in HARMLESS:
             known = ", ".join(sorted({*SAME, *ONLY, *HARMLESS, "disable_log_stats", "gpu_memory_utilization"}))
             raise ConfigError(f"'{key}' is an engine argument that MorphServe does not know; it knows: {known}.")
+    if not device and "device" not in tree and gpu_bytes():
+        tree["device"] = "cuda"
     if share is not None:
-        _budget(tree, share, 0 if tree.get("device", EngineConfig().device) == "cpu" else gpu_bytes())
+        device = device or tree.get("device", EngineConfig().device)
+        _budget(tree, share, 0 if device == "cpu" else gpu_bytes())
     return Translated(tree, log_stats)
 
 

@@ -225,7 +225,7 @@ class MorphClient:
         """Whether the model takes requests. False as well when no server answers within ``timeout_s`` seconds."""
         message = service_pb2.ModelReadyRequest(name=self.model)
         try:
-            return bool(next(self._turn).ModelReady(message, timeout=timeout_s).ready)
+            return bool(next(self._turn).ModelReady(message, timeout=timeout_s, metadata=self._metadata).ready)
         except grpc.RpcError:
             return False
 

@@ -40,6 +40,8 @@ CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "n
 class EnginePlan:
     """An engine before any memory is taken; on a GPU `ledger` is a first estimate, measured anew when all is built."""
 
+    config: EngineConfig
+    """With what the settings left open to the device."""
     device: EngineDevice
     model: OpenModel
     kv_format: KVFormat
@@ -107,6 +109,7 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
     torch.set_num_threads(cpu_threads(config))
     folder = resolve_model_folder(config.model.path)
     planned = plan_engine(config)
+    config = planned.config
     device, model, kv_format, layout = planned.device, planned.model, planned.kv_format, planned.layout
     ledger, max_model_len = planned.ledger, planned.max_model_len
     spec, slots, static, plan = model.spec, model.slots, model.static, model.plan
@@ -175,13 +178,15 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     device = open_device(config)
+    if not (config.memory.budget_gib or config.memory.kv_tokens):
+        config = replace(config, memory=device.memory_by_default(config.memory))
     model = open_model(config, device.torch_device)
     check_context(config, model.spec)
     kv_format = FORMATS[config.memory.kv_dtype](model.slots.dtype)
     layout = _kv_layout(config, model.spec, kv_format, device)
     ledger = _cut_budget(config, model, layout, kv_format, device)
     max_model_len = _max_model_len(config, model.spec, ledger.kv_blocks_at_level(0) * config.memory.block_tokens)
-    return EnginePlan(device, model, kv_format, layout, ledger, max_model_len)
+    return EnginePlan(config, device, model, kv_format, layout, ledger, max_model_len)
 
 
 def check_context(config: EngineConfig, spec: ModelSpec) -> None:

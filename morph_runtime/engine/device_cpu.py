@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from morph_runtime.config import EngineConfig
+from morph_runtime.config import EngineConfig, MemorySettings
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import PRIMITIVE_CACHE_BYTES, cpu_threads
 from morph_runtime.engine.opening import OpenModel
@@ -22,6 +24,9 @@ from morph_runtime.models.decoder import Decoder
 from morph_runtime.morph.filling import LayerFiller, ThreadFiller
 from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.sampling.sampler import workspace_bytes as sampling_bytes
+
+KV_TOKENS = 8192
+"""Base KV capacity where neither it nor a budget is set: a machine's memory is not the server's alone."""
 
 
 class CpuDevice(EngineDevice):
@@ -53,6 +58,10 @@ class CpuDevice(EngineDevice):
     def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
         """See `CpuPagedAttention.can_implement`."""
         return CpuPagedAttention.can_implement(shape, kv_format)
+
+    def memory_by_default(self, memory: MemorySettings) -> MemorySettings:
+        """A small KV cache."""
+        return replace(memory, kv_tokens=KV_TOKENS)
 
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `auto_extent_bytes`."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from morph_runtime.config import EngineConfig
+from morph_runtime.config import EngineConfig, MemorySettings
 from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
@@ -26,6 +26,7 @@ from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import StepRunner
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.cuda.toolchain import check_toolchain
 from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import Rung
 from morph_runtime.kv import KVLayout
@@ -52,6 +53,8 @@ OUTSIDE_BYTES = 2 * GIB
 """Upper bound of context, libraries, graphs and PyTorch's pools, apart from what depends on the model."""
 MARGIN_BYTES = 64 * 2**20
 """Left free in the budget: what PyTorch's pools may still grow by."""
+GPU_SHARE = 0.9
+"""Of the GPU's memory, where neither a budget nor KV tokens are set; the default of vLLM's `gpu_memory_utilization`."""
 OLDEST = (8, 0)
 OLDEST_FP8 = (8, 9)
 
@@ -78,6 +81,7 @@ class CudaDevice(EngineDevice):
                 f"The GPU is {torch.cuda.get_device_name(self._device)} (SM{capability[0]}{capability[1]}), but SM80 "
                 "is the oldest that is served: use a newer one, or set MORPH_DEVICE=cpu."
             )
+        check_toolchain()
         torch.cuda.init()
         self._memory.check(str(torch.cuda.get_device_properties(self._device).uuid))
         # One stream for all steps, current for the engine's thread from here on.
@@ -119,6 +123,10 @@ class CudaDevice(EngineDevice):
         if kv_format.element == torch.float8_e4m3fn and torch.cuda.get_device_capability(self._device) < OLDEST_FP8:
             return False, "this GPU has no float8, which SM89 and newer have: use auto"
         return True, ""
+
+    def memory_by_default(self, memory: MemorySettings) -> MemorySettings:
+        """Nearly all of the GPU."""
+        return replace(memory, budget_gib=GPU_SHARE * self._memory.total_bytes() / GIB)
 
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `EngineDevice.extent_bytes`."""

@@ -53,6 +53,10 @@ class GpuMemory:
         """Bytes taken since."""
         return self._used() - self._before
 
+    def total_bytes(self) -> int:
+        """Bytes of the GPU."""
+        return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).total)
+
     def used_share(self) -> float:
         """Share of the GPU's memory that is taken, by whomever; -1 if NVML does not answer any more."""
         try:

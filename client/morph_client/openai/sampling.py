@@ -10,6 +10,8 @@ from morph_client.openai.shapes import ChatRequest, GenerationRequest, ResponseF
 from morph_client.types import SamplingParams
 
 SEEDS = 2**63
+_AS_THEY_ARE = ("logit_bias", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+"""Parameters that the server takes under the same names."""
 TO_THE_END = -1
 """``max_tokens`` for "until the context is full": OpenAI's default in a chat."""
 
@@ -46,7 +48,7 @@ def sampling_of(request: ChatRequest | TextRequest, choice: int) -> SamplingPara
         stop_token_ids=request.stop_token_ids,
         logprobs=logprobs,
         structured_outputs=_structured(request),
-        extra={} if request.logit_bias is None else {"logit_bias": request.logit_bias},
+        extra={name: value for name in _AS_THEY_ARE if (value := getattr(request, name)) is not None},
     )
 
 

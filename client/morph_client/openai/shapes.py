@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_CHOICES = 128
 """Most answers to one request: prompts times ``n``."""
@@ -43,9 +43,15 @@ class ResponseFormat(BaseModel):
 
 
 class GenerationRequest(BaseModel):
-    """What both endpoints take. ``None`` is "not given"."""
+    """What both endpoints take. ``None`` is "not given", for a name that is not known here as well."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, body: Any) -> Any:
+        # Libraries and gateways send all of OpenAI's names, with null for what nobody asked for.
+        return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     model: str
     n: int | None = Field(default=None, ge=1, le=MAX_CHOICES)
@@ -73,6 +79,10 @@ class GenerationRequest(BaseModel):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     priority: int | None = Field(default=None, ge=0)
     slo_class: str | None = None
 

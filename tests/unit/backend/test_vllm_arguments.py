@@ -62,6 +62,22 @@ def test_a_share_of_the_gpu_is_a_budget() -> None:
     assert values["memory"] == {"budget_gib": 3.0}
 
 
+@pytest.mark.parametrize("device, budget", [("cuda", 40.0), ("cpu", 0.0), ("", 40.0)])
+def test_the_environments_device_counts_and_without_one_the_gpu_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, budget: float
+) -> None:
+    monkeypatch.setattr("morph_backend.settings.gpu_memory_bytes", lambda: 80 * 2**30)
+    (tmp_path / "model.json").write_text(json.dumps({"model": "m", "gpu_memory_utilization": 0.5}))
+    read = load_model_file(tmp_path / "model.json", {"MORPH_DEVICE": device}).config
+    assert (read.device, read.memory.budget_gib) == (device or "cuda", budget)
+
+
+def test_our_own_form_stays_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("morph_backend.settings.gpu_memory_bytes", lambda: 80 * 2**30)
+    (tmp_path / "model.json").write_text(json.dumps({"model": {"path": "m"}}))
+    assert load_model_file(tmp_path / "model.json", {}).config.device == "cpu"
+
+
 @pytest.mark.parametrize("values", [{}, {"model": {"path": "m"}}, {"memory": {"kv_tokens": 64}}, [], "x"])
 def test_our_own_form_is_left_as_it_is(values: Any) -> None:
     assert translate(values, no_gpu).values is values

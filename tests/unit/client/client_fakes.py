@@ -90,6 +90,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
         self._lock = threading.Lock()
 
     def ModelReady(self, request: Any, context: Any) -> Any:
+        self.headers.append(dict(context.invocation_metadata()))
         return pb.ModelReadyResponse(ready=request.name == "morph")
 
     def ModelStreamInfer(self, request_iterator: Iterator[Any], context: Any) -> Iterator[Any]:

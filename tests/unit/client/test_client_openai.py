@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -43,6 +44,27 @@ def test_the_servers_refusals_have_their_status(triton: FakeTriton, word: str, h
     assert answer.status_code == STATUS[word]
     assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
     assert answer.headers.get("retry-after") == ("1" if STATUS[word] in (429, 503) else None)
+
+
+def test_a_null_is_no_parameter_whatever_its_name(triton: FakeTriton) -> None:
+    nothing = dict.fromkeys(("reasoning_effort", "prediction", "audio", "function_call", "best_of", "stop"))
+    answer = ask(triton, {"prompt": "say it", "max_tokens": 2, **nothing})
+    assert answer.status_code == 200, answer.text
+    assert ask(triton, {"prompt": "say it", "reasoning_effort": "high"}).json()["error"]["param"] == "reasoning_effort"
+    assert ask(triton, {"prompt": None}).json()["error"]["param"] == "prompt"
+
+
+def test_the_older_names_of_structured_outputs_reach_the_server(triton: FakeTriton) -> None:
+    for name, form in (("guided_choice", ["a", "b"]), ("guided_json", {"type": "object"}), ("guided_regex", "a+")):
+        assert ask(triton, {"prompt": "say it", "max_tokens": 1, name: form}).status_code == 200
+        (raw,) = [
+            raw
+            for tensor, raw in zip(
+                triton.service.requests[-1].inputs, triton.service.requests[-1].raw_input_contents, strict=True
+            )
+            if tensor.name == "sampling_parameters"
+        ]
+        assert json.loads(raw[4:])[name] == form
 
 
 def test_a_stream_that_breaks_off_ends_with_an_error_and_no_done(triton: FakeTriton) -> None:

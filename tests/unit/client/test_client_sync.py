@@ -111,6 +111,12 @@ def test_no_header_asks_for_what_crashes_triton(client: MorphClient, triton: Fak
     assert not [name for name in triton.service.headers[0] if name.startswith("triton")]
 
 
+def test_headers_go_with_each_question(triton: FakeTriton) -> None:
+    with MorphClient(triton.url, headers={"x-key": "abc"}) as one:
+        assert one.server_ready() and one.generate("say it").text
+    assert [headers["x-key"] for headers in triton.service.headers] == ["abc", "abc"]
+
+
 def test_dropping_a_stream_half_read_cancels_on_the_server(client: MorphClient, triton: FakeTriton) -> None:
     for _ in client.stream("slow", sampling=SamplingParams(max_tokens=1000)):
         break
