@@ -54,6 +54,23 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class Defaults:
+    """What a device takes for settings that are left open (0).
+
+    Attributes:
+        budget_gib: memory budget, GiB; 0: by `kv_tokens`.
+        kv_tokens: base KV capacity where there is no budget.
+        max_num_seqs: requests that run at the same time.
+        max_num_batched_tokens: tokens of one step.
+    """
+
+    budget_gib: float
+    kv_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
+@dataclass(frozen=True)
 class MemorySettings:
     """The memory budget and how it is cut."""
 
@@ -78,10 +95,10 @@ class MemorySettings:
 class SchedulerSettings:
     """Limits of continuous batching; names are vLLM's."""
 
-    max_num_seqs: int = 64
-    """Requests that run at the same time."""
-    max_num_batched_tokens: int = 512
-    """Tokens of one step, prefill chunks and decodes together."""
+    max_num_seqs: int = 0
+    """Requests that run at the same time; 0: 64 on a CPU, 256 on a GPU."""
+    max_num_batched_tokens: int = 0
+    """Tokens of one step, prefill chunks and decodes together; 0: 512 on a CPU, 2,048 on a GPU."""
     watermark: float = 0.01
     """Share of KV blocks kept free when a request is admitted, so that decodes can go on."""
     line: int = 2
@@ -225,6 +242,20 @@ class EngineConfig:
         return config
 
 
+def completed(config: EngineConfig, defaults: Defaults) -> EngineConfig:
+    """The settings with nothing left open."""
+    memory, scheduler = config.memory, config.scheduler
+    if not (memory.budget_gib or memory.kv_tokens):
+        memory = replace(memory, budget_gib=defaults.budget_gib, kv_tokens=defaults.kv_tokens)
+    seqs, tokens = scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+    scheduler = replace(
+        scheduler,
+        max_num_seqs=seqs or min(defaults.max_num_seqs, tokens or defaults.max_num_seqs),
+        max_num_batched_tokens=tokens or max(defaults.max_num_batched_tokens, seqs),
+    )
+    return replace(config, memory=memory, scheduler=scheduler)
+
+
 # Variable -> (section, field); the section of a field of the tree's root is empty.
 ENVIRONMENT: Mapping[str, tuple[str, str]] = {
     "MORPH_MODEL": ("model", "path"),
@@ -268,8 +299,8 @@ def validate(config: EngineConfig) -> None:
         ("memory.kv_tokens", config.memory.kv_tokens or 16, 16, 2**40),
         ("memory.extent_kib", config.memory.extent_kib, 0, 2**20),
         ("memory.block_tokens", config.memory.block_tokens, 1, 1024),
-        ("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 1, 65536),
-        ("scheduler.max_num_batched_tokens", config.scheduler.max_num_batched_tokens, 1, 2**20),
+        ("scheduler.max_num_seqs", config.scheduler.max_num_seqs, 0, 65536),
+        ("scheduler.max_num_batched_tokens", config.scheduler.max_num_batched_tokens, 0, 2**20),
         ("scheduler.watermark", config.scheduler.watermark, 0, 0.5),
         ("scheduler.line", config.scheduler.line, 1, 65536),
         ("scheduler.grammar_cache", config.scheduler.grammar_cache, 0, 65536),
@@ -287,7 +318,7 @@ def validate(config: EngineConfig) -> None:
     for name, value, low, high in limits:
         if not low <= value <= high:  # NaN is in no range
             raise ConfigError(f"{name} must be between {low:.15g} and {high:.15g}, but is {value}.")
-    if config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
+    if 0 < config.scheduler.max_num_batched_tokens < config.scheduler.max_num_seqs:
         raise ConfigError(
             f"scheduler.max_num_batched_tokens must be at least scheduler.max_num_seqs "
             f"({config.scheduler.max_num_seqs}), but is {config.scheduler.max_num_batched_tokens}."

@@ -57,7 +57,8 @@ SECTIONS = (
     (
         "vllm:",
         "Requests, tokens and latency",
-        "The names and buckets are vLLM's; the gauges are those of vLLM's server.",
+        "Names and buckets are those of Triton's vLLM backend, the gauges those of vLLM's server; so are the buckets "
+        "of the time to first token above 10 s.",
     ),
     (
         "nv_trt_llm_",

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from morph_backend.control import ControlFolder
 from morph_backend.service import SHUTTING_DOWN, Service
+from morph_backend.worker import Worker
 
 
 class DrainDuty:
@@ -35,18 +36,22 @@ class DrainDuty:
             self._control.say("drained")
 
 
-class ParentDuty:
-    """Ends this process when the server that started it is gone; Triton 2.51 leaves it behind otherwise."""
+class ParentWatch(Worker):
+    """Ends this process when the server that started it is gone; Triton 2.51 leaves it behind otherwise.
 
-    def __init__(self, close: Callable[[], None], leave: Callable[[int], object] = os._exit) -> None:
+    A thread of its own that calls nothing of Triton's: what waits for a dead server (a question whether a client is
+    there, a response) waits for ever, with the locks that it holds. So nothing is closed in order either: the engine
+    ends when its socket closes, and the files are swept by the launcher, or at the next start.
+    """
+
+    def __init__(self, leave: Callable[[int], object] = os._exit, interval_s: float = 0.2) -> None:
+        """To be made before anything that takes long: the server may die meanwhile."""
+        super().__init__("parent-watch", interval_s)
         self._parent = os.getppid()
-        self._close = close
         self._leave = leave
 
-    def __call__(self) -> None:
-        """One look."""
-        if os.getppid() != self._parent:
-            try:
-                self._close()
-            finally:
+    def _run(self) -> None:
+        while not self._stop.wait(self._interval_s):
+            if os.getppid() != self._parent:
                 self._leave(1)
+                return

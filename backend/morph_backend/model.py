@@ -21,7 +21,7 @@ from morph_backend.decisions import DecisionLog
 from morph_backend.exporter import MetricsExporter
 from morph_backend.housekeeper import Housekeeper
 from morph_backend.inputs import read_request
-from morph_backend.lifecycle import DrainDuty, ParentDuty
+from morph_backend.lifecycle import DrainDuty, ParentWatch
 from morph_backend.metric_catalog import catalog
 from morph_backend.nudge import QueueNudger
 from morph_backend.queue_watch import BacklogProbe, QueueWatch
@@ -61,6 +61,8 @@ class TritonPythonModel:
         Raises:
             pb_utils.TritonModelException: with one sentence for the operator; Triton does not load the model then.
         """
+        self._parent_watch = ParentWatch()
+        self._parent_watch.start()
         # Another model of this kind in the same server must not speak for the one that the launcher watches.
         watched = args["model_name"] == WATCHED_MODEL
         self._control = ControlFolder.from_environment(os.environ) if watched else ControlFolder(None)
@@ -73,6 +75,7 @@ class TritonPythonModel:
             self._start(args)
         except (ConfigError, EngineDown) as error:
             self._control.say("error", str(error))
+            self._parent_watch.close()
             raise pb_utils.TritonModelException(str(error)) from None
 
     def make_engine(self, config: EngineConfig, listener: EngineListener) -> EngineHandle:
@@ -105,6 +108,7 @@ class TritonPythonModel:
         if self._exporter is not None:
             self._exporter.close()
         self._control.say(closed_word(os.getpid()))
+        self._parent_watch.close()
         gc.collect()
 
     def _start(self, args: dict[str, str]) -> None:
@@ -157,7 +161,6 @@ class TritonPythonModel:
         duties: list[Callable[[], None]] = [
             self._service.poll,
             DrainDuty(self._service, self._control),
-            ParentDuty(self._service.close),
         ]
         defect = self._service.on_defect
         self._housekeeper = Housekeeper(settings.cancel_poll_ms / 1e3, duties, defect)

@@ -64,7 +64,7 @@ class QueueNudger:
             answer_s: how long to wait for a nudge's effect before the next (the instance may not be idle yet).
                 Doubles with each further one.
             most_s: the longest wait that the doubling leads to.
-            idle_s: the stream is closed after this long without a need.
+            idle_s: the stream is closed after this long without a need: nobody in `execute()`, every nudge answered.
             retry_s: pause after the server could not be reached.
         """
         self._connect, self._backlog, self._on_sent, self._on_defect = connect, backlog, on_sent, on_defect
@@ -123,6 +123,8 @@ class QueueNudger:
                 )
                 if self._closed:
                     break
+                if idle and (self._unanswered > 0 or self._entered > self._left):
+                    continue  # the server could end the stream only once it has taken the next request
                 left = self._handled = self._left
             if idle:
                 self._drop_stream()

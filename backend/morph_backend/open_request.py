@@ -75,14 +75,15 @@ class OpenRequest:
     """When `execute()` got it, monotonic seconds."""
     inbox: deque[Tokens | End] = field(default_factory=deque)
     submitted: bool = False
+    """Whether the engine has been told of all of its outputs."""
     cached_tokens: int = 0
     """Prompt tokens that the prefix cache held; set by the reader thread ahead of the first token."""
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     """Of all tokens of the prompt but the first, if asked for; set by the reader thread ahead of the first token."""
     recomputed_at: list[int] = field(default_factory=list)
     """For each end of an engine that it has outlived: how many tokens of its outputs had come."""
-    responded: bool = False
-    """Whether a response has been sent."""
+    prompt_told: bool = False
+    """Whether `prompt_logprobs` have been sent."""
     awaited: bool = False
     """Whether the sender thread has been told of news and has not looked since. See `SenderPool`."""
     closing: threading.Lock = field(default_factory=threading.Lock)

@@ -119,12 +119,17 @@ class Responder:
             )
             for output in request.outputs
         ]
-        told = request.responded or given.sampling.prompt_logprobs is None
-        prompt_logprobs = None if told else request.prompt_logprobs
+        # Another output may have text before the first one's prompt is scored; one token has nothing to score.
+        scored = bool(request.prompt_logprobs) or len(request.prompt) == 1
+        tell = scored and not request.prompt_told and given.sampling.prompt_logprobs is not None
+        request.prompt_told = request.prompt_told or tell
         content = ResponseContent(
-            news, len(request.prompt), request.cached_tokens, prompt_logprobs, request.recomputed_at
+            news,
+            len(request.prompt),
+            request.cached_tokens,
+            request.prompt_logprobs if tell else None,
+            request.recomputed_at,
         )
-        request.responded = True
         tensors = output_tensors(content, given.wants, self._spelling)
         for output in request.outputs:
             output.unsent_text, output.unsent_levels, output.unsent_logprobs = [], [], []

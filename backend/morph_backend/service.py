@@ -85,6 +85,7 @@ class Service:
         self._refusal = ""  # why no request is taken any more; guarded by _lock
         self._engine: Engine | None = None
         self._up = False
+        self._over = False  # `on_down` has been called; the engine may still run
         self._info: EngineInfo | None = None
         for thread in THREADS:
             recorder.declare("morph_backend_errors_total", thread=thread)
@@ -227,12 +228,12 @@ class Service:
         if admitted is Admitted.CLOSED:
             self._reject(request)
             return
-        request.submitted = True
         try:
             sampling = spell_bad_words(request.given.sampling, self._tokenizer, self._info.vocab_size)
             for message in submissions(request, sampling):
                 self._engine.submit(message)
-            if request.channel.closed:  # cancelled between the credit and the submission
+            request.submitted = True  # who closes it from now on cancels it; before, the engine might not know it
+            if request.channel.closed:
                 self._cancel(request)
         except EngineDown as error:
             self._release(request)
@@ -248,7 +249,7 @@ class Service:
         """Tokens, starts and ends of one step. A request whose part of it cannot be handled ends; the others go on."""
         now = self._clock()
         over = (*out.started, *(finished.key for finished in out.finished))
-        if out.from_engine:
+        if out.from_engine and not self._over:
             self._engine_metrics.beat()
             self._engine_metrics.requests(out.waiting, out.running)
             self._admission.stepped(over, EngineNews(out.running, out.short_of_blocks))
@@ -296,7 +297,8 @@ class Service:
         self._level = stats.level
         try:
             self._on_decisions(stats.decisions)
-            self._engine_metrics.stats(stats)
+            if not self._over:  # it would look alive
+                self._engine_metrics.stats(stats)
         except Exception:
             logging.getLogger(__name__).exception("a snapshot could not be handled")
             self.on_defect("engine-reader")
@@ -314,13 +316,14 @@ class Service:
 
     def on_restarted(self) -> None:
         """The new engine has the open requests."""
-        self._up = True
-        self._engine_metrics.restarted()
+        if not self._over:
+            self._up = True
+            self._engine_metrics.restarted()
 
     def on_down(self, reason: str) -> None:
         """Nothing can be served any more: every open request ends with an error, and so does every later one."""
         logging.getLogger(__name__).error("nothing can be served any more: %s", reason)
-        self._up = False
+        self._up, self._over = False, True
         self._engine_metrics.up(False)
         self.refuse(f"{UNHEALTHY}: {reason}")
         for request in self._open.all():

@@ -88,7 +88,7 @@ def measure(running: int, pending: int, layers: int, ladder: tuple[str, ...]) ->
     count = costs.max_level + 1
     load, read = make_load(running, pending, count)
     futures = Futures(np.tile(np.arange(count), 4), np.ones(4 * count), np.repeat([False, True, True, True], count),
-                      np.full(4 * count, 0.7))  # fmt: skip
+                      np.full(4 * count, 0.7), np.full(4 * count, 0.7))  # fmt: skip
     ticks = iter(range(1_000_000))
     row: dict[str, float] = {"running": running, "pending": pending, "levels": count}
     calls: dict[str, Callable[[], object]] = {

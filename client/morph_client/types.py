@@ -129,7 +129,7 @@ class Chunk(OutputChunk):
     num_cached_tokens: int | None = None
     """Tokens of the prompt that the prefix cache held; ``None`` if not asked for."""
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
-    """On the first chunk, if asked for: each token of the prompt and then the most likely ones; first a ``None``."""
+    """On one chunk, if asked for: each token of the prompt and then the most likely ones; first a ``None``."""
     more: tuple[OutputChunk, ...] = ()
     """The other outputs, with or without news."""
 
@@ -214,6 +214,7 @@ class CompletionBuilder:
         self._outputs: list[_OutputBuilder] = []
         self._first: Chunk | None = None
         self._last: Chunk | None = None
+        self._prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
 
     def add(self, chunk: Chunk) -> None:
         """Takes the next chunk of the stream."""
@@ -222,6 +223,7 @@ class CompletionBuilder:
         for builder, output in zip(self._outputs, chunk.outputs, strict=False):
             builder.add(output, chunk.arrival_s)
         self._first = self._first or chunk
+        self._prompt_logprobs = self._prompt_logprobs or chunk.prompt_logprobs
         self._last = chunk
 
     def build(self) -> Completion:
@@ -236,6 +238,6 @@ class CompletionBuilder:
             ttft_s=begun.arrival_s,
             e2e_s=last.arrival_s,
             num_cached_tokens=last.num_cached_tokens,
-            prompt_logprobs=begun.prompt_logprobs,
+            prompt_logprobs=self._prompt_logprobs,
             more=tuple(more),
         )

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-from morph_runtime.config import EngineConfig, resolve_model_folder
+from morph_runtime.config import EngineConfig, completed, resolve_model_folder
 from morph_runtime.costs.start import find_costs
 from morph_runtime.engine.core import Engine, EngineParts
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
@@ -89,7 +89,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
         else:
             costs = find_costs(parts, plan, resolve_model_folder(config.model.path))
             if costs is not None:
-                parts.controller.use_costs(costs, config.scheduler.max_num_batched_tokens)
+                parts.controller.use_costs(costs, parts.config.scheduler.max_num_batched_tokens)
             engine = Engine(replace(parts, costs=costs))
         undo.pop_all()
     return engine
@@ -178,8 +178,7 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
     """
     device = open_device(config)
-    if not (config.memory.budget_gib or config.memory.kv_tokens):
-        config = replace(config, memory=device.memory_by_default(config.memory))
+    config = completed(config, device.defaults)
     model = open_model(config, device.torch_device)
     check_context(config, model.spec)
     kv_format = FORMATS[config.memory.kv_dtype](model.slots.dtype)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from morph_runtime.config import EngineConfig, MemorySettings
+from morph_runtime.config import Defaults, EngineConfig
 from morph_runtime.engine.devices import EngineDevice, RunnerParts
 from morph_runtime.engine.environment import PRIMITIVE_CACHE_BYTES, cpu_threads
 from morph_runtime.engine.opening import OpenModel
@@ -25,8 +23,8 @@ from morph_runtime.morph.filling import LayerFiller, ThreadFiller
 from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.sampling.sampler import workspace_bytes as sampling_bytes
 
-KV_TOKENS = 8192
-"""Base KV capacity where neither it nor a budget is set: a machine's memory is not the server's alone."""
+DEFAULTS = Defaults(budget_gib=0, kv_tokens=8192, max_num_seqs=64, max_num_batched_tokens=512)
+"""Little memory: a machine's is not the server's alone."""
 
 
 class CpuDevice(EngineDevice):
@@ -59,9 +57,10 @@ class CpuDevice(EngineDevice):
         """See `CpuPagedAttention.can_implement`."""
         return CpuPagedAttention.can_implement(shape, kv_format)
 
-    def memory_by_default(self, memory: MemorySettings) -> MemorySettings:
-        """A small KV cache."""
-        return replace(memory, kv_tokens=KV_TOKENS)
+    @property
+    def defaults(self) -> Defaults:
+        """See `EngineDevice.defaults`."""
+        return DEFAULTS
 
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `auto_extent_bytes`."""

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from morph_runtime.config import EngineConfig, MemorySettings
+from morph_runtime.config import Defaults, EngineConfig
 from morph_runtime.engine.cuda_attention import StepAttention
 from morph_runtime.engine.cuda_graphs import GraphSet
 from morph_runtime.engine.cuda_inputs import StepInputs
@@ -124,9 +124,11 @@ class CudaDevice(EngineDevice):
             return False, "this GPU has no float8, which SM89 and newer have: use auto"
         return True, ""
 
-    def memory_by_default(self, memory: MemorySettings) -> MemorySettings:
-        """Nearly all of the GPU."""
-        return replace(memory, budget_gib=GPU_SHARE * self._memory.total_bytes() / GIB)
+    @property
+    def defaults(self) -> Defaults:
+        """Nearly all of the GPU, and steps of the sizes that bench/engine measures."""
+        budget = GPU_SHARE * self._memory.total_bytes() / GIB
+        return Defaults(budget, kv_tokens=0, max_num_seqs=256, max_num_batched_tokens=2048)
 
     def extent_bytes(self, budget_bytes: int) -> int:
         """See `EngineDevice.extent_bytes`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from morph_runtime.config import EngineConfig, MemorySettings
+from morph_runtime.config import Defaults, EngineConfig
 from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import StepRunner
 from morph_runtime.kernels.attention import AttentionShape
@@ -67,9 +67,10 @@ class EngineDevice(ABC):
     def serves_kv(self, shape: AttentionShape, kv_format: KVFormat) -> tuple[bool, str]:
         """Whether its attention serves this shape over a cache of this format; the reason when it does not."""
 
+    @property
     @abstractmethod
-    def memory_by_default(self, memory: MemorySettings) -> MemorySettings:
-        """The settings with a budget or KV tokens, for they have neither."""
+    def defaults(self) -> Defaults:
+        """What it takes for settings that are left open."""
 
     @abstractmethod
     def extent_bytes(self, budget_bytes: int) -> int:

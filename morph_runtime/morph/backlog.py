@@ -26,7 +26,7 @@ class Sample:
 
     Attributes:
         place: float64 [S], where each stands in the line; its first token needs the line done up to place + 1.
-        age_s: float64 [S], since its arrival.
+        age_s: float64 [S], since its arrival, or since it was preempted.
         slo: int64 [S], its class.
         weight: float64 [S].
     """
@@ -51,7 +51,7 @@ class Backlog:
         reach: mean number of tokens that one of these attends to.
         output: mean tokens that a request will generate.
         own: blocks that one takes when it is admitted, as far as it does not share them.
-        sample: requests whose TTFT counts.
+        sample: requests that wait for a token: their first, or the next one after a preemption.
     """
 
     place: Floats
@@ -101,12 +101,11 @@ def backlog_of(load: Load) -> Backlog:
 
 def _sample(load: Load, under_way: Ints, seen: int, pending: float) -> Sample:
     running, waiting = load.running, load.waiting
-    begun = np.concatenate([running.begun[under_way], waiting.begun])
     ages = np.concatenate([running.age_s[under_way], waiting.age_s])
     classes = np.concatenate([running.slo[under_way], waiting.slo])
-    open_ones = np.flatnonzero(~begun)
-    # The one in the middle of each group speaks for it.
-    groups = np.array_split(open_ones, min(SEEN_SAMPLES, max(len(open_ones), 1)))
+    # The one in the middle of each group speaks for it. A stream that a preemption has stopped counts like one that has
+    # not begun: whoever reads it waits for its next token as others do for their first.
+    groups = np.array_split(np.arange(seen), min(SEEN_SAMPLES, max(seen, 1)))
     picked = np.array([group[len(group) // 2] for group in groups if len(group)], dtype=np.int64)
     weights = np.array([float(len(group)) for group in groups if len(group)])
     oldest = 0.0 if load.outer is None else load.outer.oldest_s

@@ -23,6 +23,8 @@ INTERVALS, FIRST_S, GROWTH = 10, 0.05, 1.8
 BURST_S = 5.0
 """Time in which an arrival rate above its mean is expected to fall back to it (e-fold)."""
 NO_BOUND = 1e9
+ALONE_MARGIN = 1.1
+"""Times what a request takes by itself that counts as meeting a target, within the widest bound."""
 SHORTEST_S = 1e-6
 """Of a step, should a cost model say less."""
 
@@ -36,12 +38,15 @@ class Futures:
         more: float64 [C], factor on the arrivals; above 1 where the forecast is to be on the safe side.
         lasting: bool [C], whether the present arrival rate lasts, else a burst falls back to the mean.
         bound: float64 [C], share of each target that counts as meeting it.
+        widest: float64 [C], what that share may grow to where a request by itself needs more: a bound that the level
+            could not meet with no load at all would say nothing of the load.
     """
 
     levels: Ints
     more: Floats
     lasting: Bools
     bound: Floats
+    widest: Floats
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Forecast:
         levels: as asked for.
         score: 0 where every target is met; else the mean share by which targets are overrun.
         late: share of the requests whose TTFT is above its bound.
-        ttft_s: the longest TTFT of those that wait or will come.
+        ttft_s: the longest TTFT of those that wait or will come; of a preempted one, how long it will have stopped.
         tpot_s: mean time between two tokens; 0 if nothing decodes.
     """
 
@@ -210,9 +215,31 @@ class _Run:
         self._steps, self._place, self._tokens, self._blocks = self._steps + steps, place, tokens, taken
         self._places[at + 1] = place
         if at == INTERVALS // 2:
-            alone = np.minimum(int(line.prompt), maker.width - 1 - decodes)
-            steps_alone = np.ceil(line.prompt / np.maximum(alone, 1))
-            self._own_s = (maker.full_s[row + decodes + alone] + reads) * steps_alone * load.slowness
+            self._own_s = self._prompt_s(row, decodes, reads)
+
+    def _prompt_s(self, row: Ints, decodes: Ints, reads: Floats | float) -> Floats:
+        """Seconds that the typical prompt takes by itself, [C]: whole steps of it, and one with what is left over.
+
+        Args:
+            row: int64 [C], where the level's costs begin.
+            decodes: int64 [C], beside it.
+            reads: seconds that these take to read their context in a step.
+        """
+        maker, line, costs = self._maker, self._line, self._maker.costs
+        prompt = int(np.ceil(line.prompt - 1e-6))
+        room = np.maximum(maker.width - 1 - decodes, 1)
+        whole, rest = np.divmod(prompt, room)
+        steps = whole + (rest > 0)
+        computing = whole * maker.full_s[row + decodes + room] + (rest > 0) * maker.full_s[row + decodes + rest]
+        attending = line.reach * (prompt * costs.pair_s + steps * costs.chunk_s)
+        result: Floats = (computing + attending + steps * (decodes * costs.row_s + reads)) * self._load.slowness
+        return result
+
+    def _bounds_s(self, targets_s: Floats, alone_s: Floats) -> Floats:
+        """What counts as meeting each target, [T, C]: a share of it, or what a request takes with no load."""
+        shares, widest = self._futures.bound * targets_s[:, None], self._futures.widest * targets_s[:, None]
+        bounds: Floats = np.minimum(np.maximum(shares, ALONE_MARGIN * alone_s), np.maximum(shares, widest))
+        return bounds
 
     def _up_to(self, blocks: Floats, seats: Floats) -> Floats:
         """The place in the line up to which so many blocks and seats suffice, [C] or [E, C] as they are."""
@@ -263,17 +290,20 @@ class _Run:
         each = np.outer(np.tile(shares[kinds], len(begins)), arrivals[-1] / len(begins))
         weight = np.concatenate([np.broadcast_to(sample.weight[:, None], here.shape), each])
         total = np.maximum(weight.sum(axis=0), 1e-9)
-        over = ttft / (maker.ttft_s[slo, None] * futures.bound) - 1.0
+        row, none = futures.levels * maker.width, np.zeros(len(futures.levels), dtype=np.int64)
+        bounds = self._bounds_s(maker.ttft_s, self._prompt_s(row, none, 0.0))
+        over = ttft / bounds[slo] - 1.0
         score = (np.maximum(over, 0.0) * weight).sum(axis=0) / total
         late = ((over > 0) * weight).sum(axis=0) / total
         tpot = self._tpot_s / np.maximum(self._tpot_weight, 1e-9)
         running = self._load.running
+        paces = self._bounds_s(maker.tpot_s, maker.bare_s[row + 1] * self._load.slowness)
         for kind in np.flatnonzero(maker.tpot_s < NO_BOUND):
             if len(running):
                 share = float((running.slo == kind).mean())
             else:
                 share = float(shares[kind]) if kind < len(shares) else 0.0
-            score = score + share * np.maximum(tpot / (maker.tpot_s[kind] * futures.bound) - 1.0, 0.0)
+            score = score + share * np.maximum(tpot / paces[kind] - 1.0, 0.0)
         counted = np.where(weight > 0, ttft, 0.0)
         return Forecast(futures.levels, score, late, counted.max(axis=0), tpot)
 

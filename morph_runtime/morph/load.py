@@ -36,8 +36,9 @@ class Running:
         uncomputed: int64 [R], tokens known beyond these; at most 1 for a request that decodes.
         output: float64 [R], tokens that it is expected to generate yet.
         blocks: int64 [R], blocks that are free when it ends: those it holds less those it shares.
-        age_s: float64 [R], since its arrival at the engine's side of the outer queue.
-        begun: bool [R], its first token is out, so its TTFT is no concern any more.
+        age_s: float64 [R], since its arrival at the engine's side of the outer queue; if it computes again what a
+            preemption has cost it, since that.
+        begun: bool [R], its first token is out.
         slo: int64 [R], its class, by index.
     """
 
@@ -62,7 +63,7 @@ class Waiting:
         cached: int64 [W], those of them that the prefix cache holds, so that they are not computed.
         blocks: int64 [W], blocks it takes when it is admitted, besides live ones that it shares.
         output: float64 [W], tokens that it is expected to generate yet.
-        age_s: float64 [W], since its arrival at the engine's side of the outer queue.
+        age_s: float64 [W], since its arrival at the engine's side of the outer queue, or since it was preempted.
         begun: bool [W], its first token is out (it was preempted).
         slo: int64 [W], its class, by index.
     """
@@ -173,6 +174,22 @@ class Load:
         running = self.running
         known = running.context + running.uncomputed
         return float((self._blocks(known + running.output) - self._blocks(known)).sum())
+
+    @property
+    def peak(self) -> float:
+        """The most blocks that will be live at a time if nothing more comes and whoever was preempted goes on.
+
+        All grow by a token a step, and give theirs back when they end.
+        """
+        running, stalled = self.running, self.waiting.begun
+        left = np.concatenate([running.output, self.waiting.output[stalled]])
+        held = np.concatenate([running.blocks, self.waiting.blocks[stalled]]).astype(np.float64)
+        if not len(left):
+            return float(self.used)
+        order = np.argsort(left)
+        ends, alive = left[order], len(left) - np.arange(len(left))
+        live = np.cumsum(held[order][::-1])[::-1] + alive * ends / self.block_tokens
+        return max(0.0, self.used - float(running.blocks.sum())) + max(float(held.sum()), float(live.max()))
 
     @property
     def waiting_blocks(self) -> float:

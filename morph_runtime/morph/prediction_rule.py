@@ -42,7 +42,8 @@ BURST = 3.0
 """Standard deviations by which the arrival rate must exceed its mean to be a burst beyond doubt."""
 
 View = tuple[float, bool, float]
-"""A factor on the arrivals, whether a burst lasts, and the share of each target that counts as meeting it."""
+"""A factor on the arrivals, whether a burst lasts, and the share of each target that counts as meeting it; up to the
+mode's own bound where a request by itself takes longer."""
 
 
 class PredictionRule:
@@ -91,12 +92,15 @@ class PredictionRule:
             self._last_up_s = load.now_s
         return choice
 
-    def _forecasts(self, load: Load, deepest: int, *views: View) -> list[Forecast]:
+    def _forecasts(self, load: Load, mode: ModeTargets, deepest: int, *views: View) -> list[Forecast]:
         """What comes of each level, in each of the views."""
         count = deepest + 1
         more, lasting, bound = zip(*views, strict=True)
         levels = np.tile(np.arange(count), len(views))
-        futures = Futures(levels, np.repeat(more, count), np.repeat(lasting, count), np.repeat(bound, count))
+        futures = Futures(
+            levels, np.repeat(more, count), np.repeat(lasting, count), np.repeat(bound, count),
+            np.full(len(levels), mode.bound),
+        )  # fmt: skip
         forecast = self._forecaster.forecast(load, futures)
         return [forecast.part(first, first + count) for first in range(0, len(levels), count)]
 
@@ -114,7 +118,7 @@ class PredictionRule:
         lasts, safely = (sure, True, mode.safe_bound), (safe_more, True, mode.safe_bound)
         # Most of a forecast's time is not for its views, but what is not needed is left out.
         views = [passes, *([lasts, aim] if strained else []), *([safely] if load.level else [])]
-        found = self._forecasts(load, deepest, *views)
+        found = self._forecasts(load, mode, deepest, *views)
         here, lasting, safe = found[0], found[1 if strained else 0], found[-1]
         level = load.level
         up, fit = self._way_back(load, mode, safe)
@@ -138,7 +142,7 @@ class PredictionRule:
         if load.now_s - self._late_since < mode.persist_s:
             return choice(level, "persistence")
         # Where to is chosen on the safe side: one step that suffices, and not one after the other.
-        goal = found[2] if strained else self._forecasts(load, deepest, aim)[0]
+        goal = found[2] if strained else self._forecasts(load, mode, deepest, aim)[0]
         least = float(goal.score.min())
         enough = max(MET, least + mode.slack * max(0.0, float(goal.score[level]) - least))
         target = int(np.flatnonzero(goal.score <= enough)[0])
@@ -165,8 +169,9 @@ class PredictionRule:
         return (int(ready[0]) if len(ready) else None), bool(fit.any())
 
     def _fits(self, load: Load, mode: ModeTargets) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """By level, whether what is live fits its capacity with the mode's margin; cached blocks make room."""
-        result: np.ndarray[tuple[int], np.dtype[np.bool_]] = load.used <= (1 - mode.up_margin) * load.capacities
+        """By level, whether what is live fits its capacity with the mode's margin, and will as it grows; cached blocks
+        make room."""
+        result: np.ndarray[tuple[int], np.dtype[np.bool_]] = load.peak <= (1 - mode.up_margin) * load.capacities
         return result
 
     def _faded(self, now_s: float) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 
 from morph_runtime.engine.messages import QueueSignal
 from morph_runtime.morph.estimates import Mean, OuterQueue, OutputLengths, Rate
-from morph_runtime.morph.load import Ints, Load, Outer, Running, Typical, Waiting
+from morph_runtime.morph.load import Floats, Ints, Load, Outer, Running, Typical, Waiting
 
 if TYPE_CHECKING:  # the simulator reads its own engine with this, and loads no tensors
     from morph_runtime.scheduler import Request, Scheduler
@@ -41,6 +41,8 @@ class LoadReader:
         self._own_rate = Rate()
         self._outer = OuterQueue()
         self._outer_s: float | None = None
+        self._stalled: dict[int, float] = {}
+        """Since when a request that has begun to answer cannot go on, by key."""
         self.signals: dict[str, bool] = {"queue": False}
         """Whether each input is there and fresh."""
 
@@ -102,6 +104,9 @@ class LoadReader:
             slowness: see `Load`.
         """
         running, waiting = scheduler.running, scheduler.waiting()
+        stalled = [r.key for r in waiting if r.output_len]
+        stalled += [r.key for r in running if r.output_len and len(r.tokens) - r.computed > 1]
+        self._stalled = {key: self._stalled.get(key, now_s) for key in stalled}
         self._own_rate.add(self._came, now_s)
         self._came = 0
         outer = self._read_queue(queue, now_s, stale_s)
@@ -152,7 +157,7 @@ class LoadReader:
             uncomputed=known - context,
             output=self._lengths.left(output, _array([r.limit for r in requests]) - known),
             blocks=_array([len(r.blocks) - r.shared for r in requests]),
-            age_s=now_s - np.array([r.arrival_s for r in requests], dtype=np.float64),
+            age_s=self._ages_s(requests, now_s),
             begun=output > 0,
             slo=_array([r.slo for r in requests]),
         )
@@ -170,10 +175,14 @@ class LoadReader:
             cached=np.minimum(cached, tokens - 1),
             blocks=np.maximum(1, -(-tokens // self._block_tokens) - shared),
             output=self._lengths.left(output, _array([r.limit for r in requests]) - tokens),
-            age_s=now_s - np.array([r.arrival_s for r in requests], dtype=np.float64),
+            age_s=self._ages_s(requests, now_s),
             begun=output > 0,
             slo=_array([r.slo for r in requests]),
         )
+
+    def _ages_s(self, requests: Sequence[Request], now_s: float) -> Floats:
+        """How long each has waited for its next token, if that is its first or a preemption keeps it back."""
+        return now_s - np.array([self._stalled.get(r.key, r.arrival_s) for r in requests], dtype=np.float64)
 
     def _typical(self, residence_s: float) -> Typical:
         prompt, cached = max(self._prompt.value, 1.0), min(self._cached.value, self._prompt.value)

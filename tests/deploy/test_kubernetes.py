@@ -41,7 +41,11 @@ def builder() -> list[str]:
 
 @cache
 def objects(overlay: str) -> list[dict[str, Any]]:
-    done = subprocess.run([*builder(), str(FOLDER / "overlays" / overlay)], capture_output=True, text=True)
+    return build(FOLDER / "overlays" / overlay)
+
+
+def build(folder: Path) -> list[dict[str, Any]]:
+    done = subprocess.run([*builder(), str(folder)], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
     return list(yaml.safe_load_all(done.stdout))
 
@@ -108,7 +112,9 @@ def test_times_are_in_order(overlay: str) -> None:
     (load_s,) = re.findall(r'START_TIMEOUT_SECONDS" value: \{ string_value: "(\d+)"', config)
     probe = container(overlay, "triton")["startupProbe"]
     assert probe["periodSeconds"] * probe["failureThreshold"] > int(load_s)
-    pod = only(overlay, "Deployment")["spec"]["template"]["spec"]
+    deployment = only(overlay, "Deployment")["spec"]
+    assert deployment["progressDeadlineSeconds"] > probe["periodSeconds"] * probe["failureThreshold"]
+    pod = deployment["template"]["spec"]
     settings = only(overlay, "ConfigMap")["data"]
     (_, stop_s) = container(overlay, "triton")["lifecycle"]["preStop"]["exec"]["command"]
     exit_s = 2 + 15 + 5  # what the launcher adds to the drain, at most (supervisor.py)
@@ -128,6 +134,40 @@ def test_the_pods_are_locked_down_and_have_shared_memory_and_a_gpu(overlay: str)
     assert container(overlay, "triton")["resources"]["limits"]["nvidia.com/gpu"] == "1"
 
 
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_containers_have_what_they_need(overlay: str) -> None:
+    """Weights of 8 billion parameters fit the host's memory; a worker for the share of a processor; no file is lost."""
+    triton, openai = container(overlay, "triton"), container(overlay, "openai")
+    assert triton["resources"]["requests"]["memory"] == "24Gi"
+    assert {"name": "MORPH_OPENAI_WORKERS", "value": openai["resources"]["requests"]["cpu"]} in openai["env"]
+    assert Path(only(overlay, "ConfigMap")["data"]["MORPH_COST_CACHE"]).is_relative_to("/tmp")
+    secrets = [source["secretRef"] for source in triton["envFrom"] if "secretRef" in source]
+    assert secrets == [{"name": "morphserve-secrets", "optional": True}]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_the_example_of_the_docs_can_be_applied(tmp_path: Path, overlay: str) -> None:
+    text = (ROOT / "docs" / "deploy.md").read_text()
+    (example,) = (block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "kind: Kustomization" in block)
+    (tmp_path / "morphserve").symlink_to(ROOT)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kustomization.yaml").write_text(example.replace("overlays/single-gpu", f"overlays/{overlay}"))
+    found = {item["kind"]: item for item in build(tmp_path / "mine")}
+    for item in found.values():
+        validate(item, OLDEST)
+        assert item["metadata"]["namespace"] == "morphserve"
+        assert item["metadata"]["labels"]["release"] == "kube-prometheus-stack"
+    given = found["ConfigMap"]["data"]
+    assert given == only(overlay, "ConfigMap")["data"] | {"MORPH_MEMORY_BUDGET_GIB": "24", "MORPH_TTFT_SLO_S": "1.5"}
+    for part in found["Deployment"]["spec"]["template"]["spec"]["containers"]:
+        assert part["image"] == "registry.example/morphserve-triton:1"
+        assert {"configMapRef": {"name": found["ConfigMap"]["metadata"]["name"]}} in part["envFrom"]
+    if overlay == "autoscaled-keda":
+        assert all(
+            'namespace="morphserve"' in t["metadata"]["query"] for t in found["ScaledObject"]["spec"]["triggers"]
+        )
+
+
 def test_one_thing_scales_at_a_time() -> None:
     for overlay in OVERLAYS:
         kinds = {item["kind"] for item in objects(overlay)}
@@ -140,6 +180,12 @@ def test_one_thing_scales_at_a_time() -> None:
 def test_the_alerts_are_those_of_compose() -> None:
     (groups,) = (item["spec"]["groups"] for item in objects("single-gpu") if item["kind"] == "PrometheusRule")
     assert [rule for group in groups for rule in group["rules"]] == rules()
+
+
+def test_keda_takes_the_fallback() -> None:
+    """Before 2.18 it is refused beside another metric type."""
+    scaled = only("autoscaled-keda", "ScaledObject")["spec"]
+    assert scaled["fallback"] and {trigger["metricType"] for trigger in scaled["triggers"]} == {"AverageValue"}
 
 
 def test_the_scalers_read_what_the_rules_record() -> None:

@@ -44,10 +44,11 @@ def test_a_model_without_weights_runs_at_every_rung(settings: dict[str, Any]) ->
 
 
 def test_without_a_budget_the_gpu_is_nearly_all_the_engines(settings: dict[str, Any]) -> None:
-    del settings["memory"]
+    del settings["memory"], settings["scheduler"]
     planned = build.plan_engine(EngineConfig.from_mapping(settings))
     total = torch.cuda.get_device_properties(0).total_memory
     assert 0.85 * total < planned.config.memory.budget_gib * 2**30 < 0.95 * total
+    assert planned.config.scheduler.max_num_seqs == 256 and planned.config.scheduler.max_num_batched_tokens == 2048
 
 
 def test_a_start_that_fails_gives_memory_back(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from morph_runtime.config import EngineConfig
+from morph_runtime.config import Defaults, EngineConfig, completed
 from morph_runtime.engine.client import EngineListener
 from morph_runtime.engine.messages import (
     EngineInfo,
@@ -32,11 +32,12 @@ SEED_CRASH = 666  # the engine goes down
 NUM_LAYERS = 4
 CACHED_TOKENS = 3
 EOS_ID = 0
+DEFAULTS = Defaults(budget_gib=0, kv_tokens=8192, max_num_seqs=64, max_num_batched_tokens=512)
 
 
 class FakeEngine:
     def __init__(self, config: EngineConfig, listener: EngineListener) -> None:
-        self.config = config
+        self.config = completed(config, DEFAULTS)
         self.listener = listener
         self.step_s = float(os.environ.get("FAKE_STEP_MS", "5")) / 1e3
         self.signals: list[QueueSignal] = []

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from morph_runtime.config import ENVIRONMENT, MODES, EngineConfig, resolve_model_folder
+from morph_runtime.config import ENVIRONMENT, MODES, Defaults, EngineConfig, completed, resolve_model_folder, validate
 from morph_runtime.errors import ConfigError
 
 
@@ -104,3 +104,26 @@ def test_a_model_folder_must_be_one(tmp_path: Path) -> None:
         resolve_model_folder("")
     with pytest.raises(ConfigError, match=r"has no config\.json"):
         resolve_model_folder(str(tmp_path))
+
+
+DEVICE = Defaults(budget_gib=72, kv_tokens=0, max_num_seqs=256, max_num_batched_tokens=2048)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget", "tokens", "seqs", "batched"),
+    [
+        ({}, 72, 0, 256, 2048),
+        ({"memory": {"budget_gib": 3}}, 3, 0, 256, 2048),
+        ({"memory": {"kv_tokens": 99}}, 0, 99, 256, 2048),
+        ({"scheduler": {"max_num_seqs": 4096}}, 72, 0, 4096, 4096),
+        ({"scheduler": {"max_num_batched_tokens": 32}}, 72, 0, 32, 32),
+        ({"scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 9}}, 72, 0, 8, 9),
+    ],
+)
+def test_the_device_fills_in_what_is_left_open_and_nothing_else(
+    given: dict[str, Any], budget: float, tokens: int, seqs: int, batched: int
+) -> None:
+    whole = completed(EngineConfig.from_mapping(given), DEVICE)
+    assert (whole.memory.budget_gib, whole.memory.kv_tokens) == (budget, tokens)
+    assert (whole.scheduler.max_num_seqs, whole.scheduler.max_num_batched_tokens) == (seqs, batched)
+    validate(whole)

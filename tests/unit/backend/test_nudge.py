@@ -257,6 +257,39 @@ def test_an_idle_stream_is_closed_so_that_the_model_can_unload(
     assert queue.opened == 2
 
 
+def test_a_stream_with_a_nudge_in_the_queue_is_not_idle(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> None:
+    queue.answers = False
+    nudger = nudgers(queue, idle_s=0.01, answer_s=60.0)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent == 1)
+    queue.backlog = 0
+    nudger.entered()
+    nudger.left()  # nothing is queued but the nudge, which Triton has not answered yet
+    queue.wait(lambda: queue.looks == 2)
+    threading.Event().wait(0.2)
+    assert queue.closed == 0
+    queue.answer()
+    queue.wait(lambda: queue.closed == 1)
+
+
+def test_a_stream_is_not_idle_while_a_request_is_held_in_execute(
+    queue: FakeQueue, nudgers: Callable[..., QueueNudger]
+) -> None:
+    queue.answers = False
+    nudger = nudgers(queue, idle_s=0.01, answer_s=60.0)
+    nudger.entered()
+    nudger.left()
+    queue.wait(lambda: queue.sent == 1)
+    queue.backlog = 0
+    nudger.entered()
+    queue.answer()
+    threading.Event().wait(0.2)
+    assert queue.closed == 0
+    nudger.left()
+    queue.wait(lambda: queue.closed == 1)
+
+
 def test_a_server_out_of_reach_is_said_once_and_tried_again(
     queue: FakeQueue, nudgers: Callable[..., QueueNudger], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -16,13 +16,13 @@ import pytest
 from fake_engine import CACHED_TOKENS, SEED_CRASH, SEED_FAIL, FakeEngine
 from morph_backend.control import ControlFolder
 from morph_backend.inputs import read_request
-from morph_backend.lifecycle import DrainDuty, ParentDuty
+from morph_backend.lifecycle import DrainDuty, ParentWatch
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.senders import SenderPool
 from morph_backend.service import SHUTTING_DOWN, Service
 from morph_backend.vocabulary import spell_bad_words
 from morph_runtime.config import EngineConfig
-from morph_runtime.engine.messages import Finished, QueueSignal, SamplingParams, StepOutput, TokenDelta
+from morph_runtime.engine.messages import Finished, QueueSignal, SamplingParams, StepOutput, Submit, TokenDelta
 from morph_runtime.text.tokenizer import Tokenizer
 from tiny_model import tiny_tokenizer
 
@@ -319,6 +319,60 @@ def test_ends_during_a_restart_give_back_their_credits_and_let_in_nobody_else(ho
     assert not any("requests" in name for name, _ in house.recorder.take().gauges)
 
 
+@pytest.mark.parametrize("moment", ["before the first output", "between two outputs"])
+@pytest.mark.parametrize("why", ["its client has gone", "the drain is over"])
+def test_a_request_that_ends_while_it_is_handed_over_is_no_work_for_the_engine(
+    house: House, make_sender: Any, make_request: Any, monkeypatch: pytest.MonkeyPatch, moment: str, why: str
+) -> None:
+    house.engine.held.set()  # nothing but a cancellation ends it
+    sender = make_sender()
+
+    def end() -> None:
+        if sender.finals:
+            return
+        if why == "its client has gone":
+            sender.cancelled = True
+            house.service.poll()
+        else:
+            house.service.abort(SHUTTING_DOWN)
+
+    def spell(*given: Any) -> SamplingParams:
+        if moment == "before the first output":
+            end()
+        return spell_bad_words(*given)
+
+    def submit(message: Submit) -> None:
+        if message.after and moment == "between two outputs":
+            end()
+        house.engine.__class__.submit(house.engine, message)
+
+    monkeypatch.setattr("morph_backend.service.spell_bad_words", spell)
+    monkeypatch.setattr(house.engine, "submit", submit)
+    request = make_request(text_input="hello", sampling_parameters='{"max_tokens": 400, "n": 2}')
+    house.service.handle(sender, functools.partial(read_request, request))
+    assert finished(sender).error is not None
+    until(lambda: not house.engine._waiting and not house.engine._running)
+    house.engine.held.clear()
+    assert finished(house.ask('{"max_tokens": 4, "n": 2}')).error is None, "the credits are back"
+
+
+def test_what_the_engine_says_after_the_last_word_makes_the_server_look_no_better(
+    house: House,
+) -> None:
+    house.freeze()
+    house.service.on_down("Triton has not taken a response for 60 s; its front end hangs.")
+    assert house.recorder.take().gauges["morph_engine_up", ()] == 0
+    house.service.on_step(StepOutput([], [], [], 0, 0))
+    house.service.on_stats(house.engine._stats())
+    house.service.poll()
+    house.service.on_restarting("somebody has killed it")
+    house.service.poll()
+    house.service.on_restarted()
+    later = house.recorder.take().gauges
+    assert ("morph_engine_heartbeat_seconds", ()) not in later and later.get(("morph_engine_up", ()), 0) == 0
+    assert not house.service.healthy
+
+
 def test_unknown_keys_and_odd_messages_do_no_harm(house: House) -> None:
     house.service.on_step(StepOutput([77], [TokenDelta(77, [1], [0])], [Finished(77, "stop")], 0, 0))
     house.engine.held.set()
@@ -377,10 +431,23 @@ def test_a_drain_has_a_deadline(house: House, tmp_path: Any) -> None:
 
 
 def test_the_parents_death_ends_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[Any] = []
-    duty = ParentDuty(lambda: done.append("closed"), done.append)
-    duty()
-    assert done == []
-    monkeypatch.setattr("os.getppid", lambda: 0)  # not 1: that may be the parent of the tests
-    duty()
-    assert done == ["closed", 1]
+    done: list[int] = []
+    looked, left = threading.Event(), threading.Event()
+    parents = [4711, 4711, 4711]
+
+    def parent() -> int:
+        if len(parents) == 1:
+            looked.set()
+        return parents.pop() if parents else 1
+
+    def leave(status: int) -> None:
+        done.append(status)
+        left.set()
+
+    monkeypatch.setattr("os.getppid", parent)
+    watch = ParentWatch(leave, interval_s=0.001)
+    assert parents == [4711, 4711], "whose child it is must be known before anything takes time"
+    watch.start()
+    assert looked.wait(60) and left.wait(60)
+    watch.close()
+    assert done == [1]

@@ -18,7 +18,7 @@ from morph_backend.inputs import read_request
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.service import Service
 from morph_runtime.config import EngineConfig
-from morph_runtime.engine.messages import Finished, SamplingParams, StepOutput, TokenDelta
+from morph_runtime.engine.messages import Finished, SamplingParams, StepOutput, TokenDelta, TokenLogprobs
 from morph_runtime.text.tokenizer import Tokenizer
 from tiny_model import tiny_tokenizer
 
@@ -218,6 +218,46 @@ def test_more_outputs_than_the_line_holds_wait_until_it_is_empty(house: House) -
 def test_what_n_may_not_be_is_one_sentence(house: House, given: dict[str, Any], said: str) -> None:
     sender = finished(house.ask(**given))
     assert (sender.error.code, str(sender.error)) == ("INVALID_ARG", said)
+
+
+def test_the_prompts_scores_are_sent_once_though_another_output_has_text_before(house: House) -> None:
+    def say(*deltas: TokenDelta, finished: tuple[Finished, ...] = ()) -> None:
+        count = len(sender.responses)
+        house.service.on_step(StepOutput([], list(deltas), list(finished), 0, 2))
+        until(lambda: len(sender.responses) > count)
+
+    house.freeze()
+    given = {"prompt_logprobs": 0, "return_prompt_logprobs": True, "stream": True}
+    sender = house.ask(2, **given)
+    first, second = (r.key for r in house.engine.submitted)
+    prompt = house.engine.submitted[0].prompt
+    scores = [TokenLogprobs(1, [token], [-1.0]) for token in prompt[1:]]
+    say(TokenDelta(second, prompt[:1], [0]))  # it was not behind the first: the prefix cache is off
+    say(TokenDelta(first, prompt[:1], [0], prompt_logprobs=scores))
+    say(TokenDelta(second, prompt[1:2], [0]))
+    say(finished=(Finished(first, "length"), Finished(second, "length")))
+    finished(sender)
+    early, told, *later = [json.loads(r.outputs["prompt_logprobs"][0]) for r in sender.responses]
+    assert (early, later) == (None, [None, None])
+    assert told[0] is None and [list(map(int, at)) for at in told[1:]] == [[token] for token in prompt[1:]]
+
+
+def test_a_prompt_of_one_token_has_no_scores_and_says_so_once(
+    house: House, make_sender: Any, make_request: Any
+) -> None:
+    house.engine.held.set()
+    sender = make_sender()
+    request = make_request(
+        text_input="a",
+        stream=True,
+        sampling_parameters='{"max_tokens": 4, "n": 2, "prompt_logprobs": 1}',
+        return_prompt_logprobs=True,
+    )
+    house.service.handle(sender, functools.partial(read_request, request))
+    house.engine.release_when(lambda: sender.responses)
+    assert len(house.engine.submitted[0].prompt) == 1
+    told, *later = [json.loads(r.outputs["prompt_logprobs"][0]) for r in finished(sender).responses]
+    assert (told, later) == ([None], [None] * len(later)) and later
 
 
 def test_the_end_of_the_engine_ends_a_request_whose_first_output_is_done(house: House) -> None:

@@ -206,10 +206,11 @@ def test_a_stream_without_a_last_response_is_reported() -> None:
         reader.check_complete()
 
 
-def test_log_probabilities_of_the_prompt_come_with_the_first_chunk() -> None:
+@pytest.mark.parametrize("before", [0, 1])
+def test_log_probabilities_of_the_prompt_come_with_one_chunk(before: int) -> None:
     ranked = {"7": {"logprob": -0.9, "rank": 2, "decoded_token": "a"}}
     builder = CompletionBuilder()
-    for raw in (json.dumps([None, ranked]), "null"):
+    for raw in (*["null"] * before, json.dumps([None, ranked]), "null"):
         made = {
             "text_output": ("BYTES", bytes_tensor(b"a")),
             "num_output_tokens": ("UINT32", struct.pack("<I", 1)),

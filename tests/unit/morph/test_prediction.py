@@ -47,8 +47,9 @@ def load(pending: int = 0, rate: float = 0.0, count: int = 10, used: int = 150, 
 def forecast(reading: Load, maker: Forecaster | None = None, bound: float = 1.0) -> Forecast:
     maker = maker or Forecaster(make_costs(), [SloClass("", 2.0)], 512)
     count = len(reading.capacities)
+    bounds = np.full(count, bound)
     return maker.forecast(
-        reading, Futures(np.arange(count), np.ones(count), np.zeros(count, dtype=np.bool_), np.full(count, bound))
+        reading, Futures(np.arange(count), np.ones(count), np.zeros(count, dtype=np.bool_), bounds, bounds)
     )
 
 

@@ -21,7 +21,7 @@ def busy_scheduler() -> Scheduler:
     """Two long requests run, one waits for their blocks."""
     pool = BlockPool(12)
     cache = PrefixCache(CacheSettings(prefix=False), pool, BLOCK_TOKENS)
-    scheduler = Scheduler(SchedulerSettings(), pool, cache, BLOCK_TOKENS, 48, [])
+    scheduler = Scheduler(SchedulerSettings(64, 512), pool, cache, BLOCK_TOKENS, 48, [])
     for key in range(3):
         scheduler.add(Request(key, [1] * 20, 20, SamplingParams(max_tokens=20, ignore_eos=True), arrival_s=float(key)))
     for _ in range(3):

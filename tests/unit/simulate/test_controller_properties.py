@@ -79,7 +79,7 @@ def test_a_queue_that_waits_for_blocks_is_forecast_to_take_as_long_as_it_takes(
         now_s=0.0, level=level, capacities=kv_bound.capacities, used=0, head_fits=True, block_tokens=16,
         max_running=256, max_batched_tokens=2048, typical=Typical(512, 0, 256, 48, 2.0), outer=Outer(count),
     )  # fmt: skip
-    futures = Futures(np.array([level]), np.ones(1), np.zeros(1, dtype=np.bool_), np.ones(1))
+    futures = Futures(np.array([level]), np.ones(1), np.zeros(1, dtype=np.bool_), np.ones(1), np.ones(1))
     found = Forecaster(kv_bound.costs, [SloClass("", 2.0, None)], 2048).forecast(waits, futures)
     assert float(found.ttft_s[0]) == pytest.approx(float(rush.ttft_s.max()), rel=0.3)
 
