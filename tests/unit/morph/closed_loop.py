@@ -1,7 +1,8 @@
 """A small engine of numbers for the controller to steer: steps, blocks and layers cost what a cost model says.
 
-It schedules as the real one does (decodes first, then prefill in chunks, admission by free blocks), in one queue,
-without prefix cache. What the controller is shown can be late, and the costs that it knows can be wrong.
+It schedules as the real one does (decodes first, then prefill in chunks, admission by free blocks; whoever is preempted
+waits in the engine, in front), without prefix cache. What the controller is
+shown can be late, and the costs that it knows can be wrong.
 """
 
 from __future__ import annotations
@@ -51,6 +52,24 @@ class Job:
     computed: int = 0
     made: int = 0
     first_s: float = -1.0
+    last_s: float = -1.0
+    gap_s: float = 0.0
+    """The longest time between two of its tokens."""
+    lost_s: float = -1.0
+    """When it was preempted, until its next token."""
+
+    def token(self, now_s: float) -> None:
+        self.made += 1
+        self.lost_s = -1.0
+        if self.first_s < 0:
+            self.first_s = now_s
+        else:
+            self.gap_s = max(self.gap_s, now_s - self.last_s)
+        self.last_s = now_s
+
+    @property
+    def waits_since_s(self) -> float:
+        return self.arrival_s if self.lost_s < 0 else self.lost_s
 
     @property
     def blocks(self) -> int:
@@ -71,6 +90,11 @@ class Outcome:
     def p95(self, slo: int | None = None) -> float:
         times = self.ttft(slo)
         return times[int(0.95 * (len(times) - 1))] if times else 0.0
+
+    def below_full(self, start_s: float) -> float:
+        """Share of the steps from then on below full precision."""
+        levels = [level for at, level in self.levels if at >= start_s]
+        return sum(level > 0 for level in levels) / len(levels)
 
     @property
     def deepest(self) -> int:
@@ -105,7 +129,7 @@ class ClosedLoop:
         self._prompt = 1.0
         self._signals: deque[QueueSignal] = deque()
         self._loads: deque[Load] = deque()
-        self._next_signal_s = self._next_decision_s = 0.0
+        self._signal_s = self._next_signal_s = self._next_decision_s = 0.0
         self._counted = 0
 
     def run(self, jobs: list[Job], until_s: float) -> Outcome:
@@ -184,13 +208,11 @@ class ClosedLoop:
             return False
         self.now += self.costs.seconds(self.level, len(decodes), context, prefill, int(pairs))
         for job in decodes:
-            job.made += 1
+            job.token(self.now)
         for job, length in chunks:
             job.computed += length
             if job.computed >= job.prompt:
-                job.made += 1
-                if job.first_s < 0:
-                    job.first_s = self.now
+                job.token(self.now)
         for job in [j for j in self.running if j.made >= j.output]:
             self.running.remove(job)
             self.lengths.add(job.output)
@@ -199,6 +221,7 @@ class ClosedLoop:
     def _preempt(self, job: Job) -> None:
         self.running.remove(job)
         job.prompt, job.output, job.made, job.computed = job.prompt + job.made, job.output - job.made, 0, 0
+        job.lost_s = self.now
         self.queue.appendleft(job)
         self.preemptions += 1
 
@@ -206,9 +229,10 @@ class ClosedLoop:
 
     def _decide(self) -> None:
         if self.now >= self._next_signal_s:
-            pending = max(0, len(self.queue) - LINE)
-            self._signals.append(QueueSignal(self.now, pending, 0.0, (self._arrived - self._counted) / 0.2))
-            self._counted = self._arrived
+            pending = len(self.queue) - len(self._line())
+            since_s = max(0.2, self.now - self._signal_s)  # a step may take longer
+            self._signals.append(QueueSignal(self.now, pending, 0.0, (self._arrived - self._counted) / since_s))
+            self._counted, self._signal_s = self._arrived, self.now
             self._next_signal_s = self.now + 0.2
         if self.now < self._next_decision_s:
             return
@@ -223,8 +247,13 @@ class ClosedLoop:
             return
         self._aim(self.controller.decide(dataclasses.replace(load, now_s=self.now, level=self.level)))
 
+    def _line(self) -> list[Job]:
+        """What waits in the engine."""
+        lost = sum(job.lost_s >= 0 for job in self.queue)
+        return list(self.queue)[: max(LINE, lost)]
+
     def _load(self) -> Load:
-        line = list(self.queue)[:LINE]
+        line = self._line()
         for job in line:
             self._prompt += 0.1 * (job.prompt - self._prompt)
         run = self.running
@@ -239,7 +268,7 @@ class ClosedLoop:
                 uncomputed=np.array([max(0, j.prompt - j.computed) for j in run], dtype=np.int64),
                 output=self.lengths.left(made, np.full(len(run), 512)),
                 blocks=np.array([j.blocks for j in run], dtype=np.int64),
-                age_s=np.array([self.now - j.arrival_s for j in run]),
+                age_s=np.array([self.now - j.waits_since_s for j in run]),
                 begun=np.array([j.first_s >= 0 for j in run], dtype=np.bool_),
                 slo=np.array([j.slo for j in run], dtype=np.int64),
             ),
@@ -248,7 +277,7 @@ class ClosedLoop:
                 cached=np.zeros(len(line), dtype=np.int64),
                 blocks=np.array([j.blocks for j in line], dtype=np.int64),
                 output=np.full(len(line), output),
-                age_s=np.array([self.now - j.arrival_s for j in line]),
+                age_s=np.array([self.now - j.waits_since_s for j in line]),
                 begun=np.array([j.first_s >= 0 for j in line], dtype=np.bool_),
                 slo=np.array([j.slo for j in line], dtype=np.int64),
             ),
