@@ -75,6 +75,8 @@ class EngineMetrics:
             self.beat()
         else:
             self.requests(0, 0)
+            # Here and not in `restarted`: the next engine's first snapshot may come before that word.
+            self._recorder.restart_totals()
 
     def restarted(self) -> None:
         """Another engine process is there in place of one that has ended."""

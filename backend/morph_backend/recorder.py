@@ -53,6 +53,11 @@ class MetricsRecorder:
             self._changes.counts.setdefault(key, 0.0)
         self.count(name, value - before if value >= before else value, **labels)
 
+    def restart_totals(self) -> None:
+        """Who keeps the totals counts from 0 again, also what it does not mention at once."""
+        with self._lock:
+            self._totals.clear()
+
     def gauge(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
         if self._enabled:

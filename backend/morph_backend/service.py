@@ -248,11 +248,13 @@ class Service:
     def on_step(self, out: StepOutput) -> None:
         """Tokens, starts and ends of one step. A request whose part of it cannot be handled ends; the others go on."""
         now = self._clock()
-        if not self._over:
-            self._engine_metrics.beat()
-        self._engine_metrics.requests(out.waiting, out.running)
         over = (*out.started, *(finished.key for finished in out.finished))
-        self._admission.stepped(over, EngineNews(out.running, out.short_of_blocks))
+        if out.from_engine and not self._over:
+            self._engine_metrics.beat()
+            self._engine_metrics.requests(out.waiting, out.running)
+            self._admission.stepped(over, EngineNews(out.running, out.short_of_blocks))
+        else:  # who may enter is as it was
+            self._admission.release(over)
         for key, cached in zip_longest(out.started, out.started_cached, fillvalue=0):
             if (begun := self._open.find(key)) is not None and begun[1] == 0:
                 begun[0].cached_tokens = cached

@@ -86,20 +86,23 @@ class EngineClient:
 
         Raises:
             ConfigError: the engine refused its configuration or model (one sentence for the user).
-            EngineDown: it died or was not ready within `timeout_s` seconds.
+            EngineDown: it could not be spawned, died, or was not ready within `timeout_s` seconds.
         """
         if self._closing.is_set():
             raise EngineDown("The engine is closed.")
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        command = [self._python, "-m", "morph_runtime.engine.process", "--fd", str(theirs.fileno())]
-        self._process = subprocess.Popen(
-            command,
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **engine_variables(self._config)},
-        )
-        theirs.close()
-        self._sock = ours
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._sock = ours
+            with theirs:
+                self._process = subprocess.Popen(
+                    [self._python, "-m", "morph_runtime.engine.process", "--fd", str(theirs.fileno())],
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    env={**os.environ, **engine_variables(self._config)},
+                )
+        except OSError as error:  # short of memory, processes or descriptors: perhaps not for long
+            self._kill()
+            raise EngineDown(f"The engine process could not be started: {error}.") from None
         if self._closing.is_set():  # since we looked: whoever closed found no process to end
             self._kill()
             raise EngineDown("The engine is closed.")
@@ -175,6 +178,7 @@ class EngineClient:
                     self._listener.on_stats(message)
                 elif isinstance(message, EngineFailure):
                     reason, self._failed = message.message, True
+                    break  # its last word; the process may take long to exit
         except EngineDown as error:
             reason, self._failed = str(error), True
         except Exception as error:  # a listener's defect must reach on_down, or every stream would hang

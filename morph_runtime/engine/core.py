@@ -195,7 +195,9 @@ class Engine:
         if decide and not self._parts.config.morph.pin and began >= self._next_decision_s:
             self._decide(began)
         scheduler, intake = self._parts.scheduler, self._parts.intake
-        self._news.finished += intake.admit()
+        for refused in intake.admit():
+            self._histories.end(refused.key)
+            self._news.finished.append(refused)
         if self._flight is not None and (self._flight.needs_values or scheduler.must_preempt):
             self.settle()
         plan = scheduler.schedule(self.level)

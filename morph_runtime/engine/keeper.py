@@ -155,17 +155,17 @@ class EngineKeeper:
 
     def stepped(self, run: Run, out: StepOutput) -> None:
         """A step of an engine. It counts only for the present one: of an older one the requests are elsewhere now."""
-        with self._lock:
-            if run is not self._run:
-                return
-            out = self._kept.step(out)
-        with self._telling:
+        with self._telling:  # first, so that what an engine has said is never told after its end
+            with self._lock:
+                if run is not self._run:
+                    return
+                out = self._kept.step(out)
             self._listener.on_step(out)
 
     def reported(self, run: Run, stats: EngineStats) -> None:
         """A snapshot of an engine."""
-        if run is self._run:
-            with self._telling:
+        with self._telling:
+            if run is self._run:
                 self._listener.on_stats(stats)
 
     def wake(self) -> None:
@@ -203,25 +203,26 @@ class EngineKeeper:
             logging.getLogger(__name__).error("the engine has not answered for %.0f s and is ended", self._silent_s)
             run.wedged = True
             run.engine.kill()
-            self._silent_s = 0.0
+            self._replace(run)  # its end may never be told: a child of its may hold the socket
 
     def _replace(self, run: Run) -> None:
         """Start another engine in place of one that has ended, and hand it the requests."""
         with self._lock:
             self._run = None
-        run.engine.close()
-        outside = run.engine.ended_from_outside and not run.wedged
-        reason = f"It did not answer for {self._settings.silence_s:g} s." if run.wedged else run.down
-        with self._lock:
-            ended = self._kept.crashed(own_fault=not outside)
-            self._silent_s = 0.0
         if run.produced or (not run.wedged and self._clock() - run.ready_s > STEADY_S):
             self._patience.well_started()
+        reason = f"It did not answer for {self._settings.silence_s:g} s." if run.wedged else run.down
         with self._telling:
             self._listener.on_restarting(reason)
+        run.engine.close()  # may take seconds
+        outside = run.engine.ended_from_outside and not run.wedged
+        with self._lock:
+            convicted = not outside and self._kept.on_trial
+            ended = self._kept.crashed(own_fault=not outside)
+            self._silent_s = 0.0
         self._tell(ended)
         logger, patience = logging.getLogger(__name__), self._patience
-        while (pause_s := patience.next_pause_s(outside)) is not None:
+        while (pause_s := patience.next_pause_s(outside, convicted)) is not None:
             in_vain = f" ({patience.in_vain} in a row have come to nothing)" if patience.in_vain else ""
             logger.error("the engine is restarted%s: %s", in_vain, reason)
             if self._closing.wait(pause_s):
@@ -232,7 +233,7 @@ class EngineKeeper:
             except (ConfigError, EngineDown) as error:
                 if self._closing.is_set():
                     return
-                reason, outside = str(error), run.engine.ended_from_outside
+                reason, outside, convicted = str(error), run.engine.ended_from_outside, False
             else:
                 with self._telling:
                     self._listener.on_restarted()
@@ -272,7 +273,7 @@ class EngineKeeper:
         """Report ends that no engine has told."""
         if ended:
             with self._telling:
-                self._listener.on_step(StepOutput([], [], ended, waiting=0, running=0))
+                self._listener.on_step(StepOutput([], [], ended, waiting=0, running=0, from_engine=False))
 
     # -- the thread that writes ------------------------------------------------------------------------------------
 

@@ -67,6 +67,7 @@ class KeptRequests:
     def __init__(self, send: Callable[[Submit | Cancel], None]) -> None:
         self._send = send
         self._by_key: dict[int, Kept] = {}
+        self._trying = False  # there may be suspects
 
     def __len__(self) -> int:
         return len(self._by_key)
@@ -80,6 +81,12 @@ class KeptRequests:
     def num_suspects(self) -> int:
         """Requests that may have ended the engine."""
         return sum(kept.suspect for kept in self._by_key.values())
+
+    @property
+    def on_trial(self) -> bool:
+        """Whether a suspect is alone in the engine: if that ends by its own fault now, the suspect is to blame."""
+        inside = [kept for kept in self._by_key.values() if kept.place is not Place.OUTSIDE]
+        return len(inside) == 1 and inside[0].suspect
 
     def add(self, submit: Submit) -> None:
         """Keep a new request; `admit` hands it on."""
@@ -115,7 +122,10 @@ class KeptRequests:
         return [] if kept is None else [self._drop(kept, "error", detail)]
 
     def step(self, out: StepOutput) -> StepOutput:
-        """Take what an engine's step has produced; returns what the serving process is to be told of it."""
+        """Take what an engine's step has produced; returns what the serving process is to be told of it.
+
+        While suspects are tried it is told that the engine is short of blocks: whom it lets in has to wait here.
+        """
         started, cached = self._new_starts(out)
         changed = len(started) != len(out.started)
         for delta in out.tokens:
@@ -127,18 +137,24 @@ class KeptRequests:
         changed = changed or len(finished) != len(out.finished)
         if out.finished and self._by_key:
             self.admit()
-        if not changed:
+        if self._trying:
+            self._trying = self.num_suspects > 0
+        if not changed and not self._trying:
             return out
-        return msgspec.structs.replace(out, started=started, started_cached=cached, finished=finished)
+        short = out.short_of_blocks or self._trying
+        return msgspec.structs.replace(
+            out, started=started, started_cached=cached, finished=finished, short_of_blocks=short
+        )
 
     def crashed(self, own_fault: bool) -> list[Finished]:
         """The engine has ended, by its own fault or from outside; returns the ends of those who do not go on."""
-        inside = [kept for kept in self._by_key.values() if kept.place is not Place.OUTSIDE]
+        convicting = own_fault and self.on_trial
+        self._trying = self._trying or own_fault
         ended = []
-        for kept in inside:
+        for kept in [kept for kept in self._by_key.values() if kept.place is not Place.OUTSIDE]:
             if kept.dropped:
                 ended.append(self._drop(kept, "cancelled"))
-            elif own_fault and kept.suspect and len(inside) == 1:
+            elif convicting:
                 ended.append(self._drop(kept, "error", POISON))
             elif own_fault:
                 kept.suspect = True

@@ -218,7 +218,9 @@ class StepOutput(msgspec.Struct, frozen=True, tag="step"):
     started_cached: list[int] = []
     """For each of `started`: tokens of its prompt that the prefix cache held."""
     short_of_blocks: bool = False
-    """Requests wait because too few KV blocks are free for the first of them."""
+    """Requests wait because too few KV blocks are free for the first of them; or the keeper tries suspects."""
+    from_engine: bool = True
+    """False: the keeper tells of ends that no engine has told, and only `finished` means anything."""
 
 
 class Considered(msgspec.Struct, frozen=True, array_like=True):

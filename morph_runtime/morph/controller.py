@@ -101,7 +101,7 @@ class Controller:
             choice = self._rule.choose(load, mode, deepest)
             if choice.held:
                 return choice.target
-            self.slo_feasible = choice.met
+        self.slo_feasible = choice.met  # nothing is said against it where no level may be used
         self._record(load, choice)
         return choice.target
 

@@ -2,19 +2,24 @@ from __future__ import annotations
 
 import http.server
 import threading
+from collections import Counter
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fake_engine import FakeEngine
 from morph_backend.engine_metrics import EngineMetrics
 from morph_backend.exporter import MOST_OBSERVED, MetricsExporter, sample
 from morph_backend.metric_catalog import catalog, one_two_five
 from morph_backend.queue_watch import BacklogProbe, QueueReading, QueueWatch, make_signal, parse_reading
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.rungs import RungShares
+from morph_runtime.config import EngineConfig
 from morph_runtime.engine.messages import EngineStats, QueueSignal
 
 
@@ -45,6 +50,24 @@ def test_the_recorder_gathers() -> None:
     assert changes.counts == {("c", (("a", "1"),)): 2, ("t", ()): 10}
     assert changes.gauges == {("g", ()): 2} and changes.observations == {"h": [0.5, 0.6]}
     assert recorder.take().counts == {}
+
+
+def test_what_a_new_engine_counts_comes_on_top_of_what_the_old_one_has_counted() -> None:
+    """Also where the new one says nothing of a counter until it is past the old one's."""
+    recorder = MetricsRecorder()
+    metrics = EngineMetrics(recorder)
+    snapshot = FakeEngine(EngineConfig(), SimpleNamespace())._stats()  # type: ignore[arg-type]
+    decisions = [{"down/kv_wait": 3}, {"hold/dwell": 1}, {"hold/dwell": 2, "down/kv_wait": 5}]
+    told: Counter[str] = Counter()
+    for at, counts in enumerate(decisions):
+        if at == 1:
+            metrics.up(False)
+        metrics.stats(msgspec.structs.replace(snapshot, decision_counts=counts, preemptions=2))
+        if at == 1:
+            metrics.restarted()  # its first snapshot may come before that word
+    for (name, labels), value in recorder.take().counts.items():
+        told[dict(labels).get("reason", name)] += int(value)
+    assert (told["kv_wait"], told["dwell"], told["morph_preemptions_total"]) == (3 + 5, 2, 2 + 2)
 
 
 def test_a_disabled_recorder_keeps_nothing() -> None:

@@ -303,6 +303,22 @@ def test_the_engines_end_is_told_after_the_streams_are_told(make_sender: Any, ma
     assert told == ["it fell over"]
 
 
+def test_ends_during_a_restart_give_back_their_credits_and_let_in_nobody_else(house: House) -> None:
+    house.freeze()
+    threads = [house.ask_in_thread('{"max_tokens": 5}')[0] for _ in range(2)]
+    until(lambda: len(house.engine.submitted) == 2)
+    house.service.on_restarting("it fell over")
+    threads += [house.ask_in_thread('{"max_tokens": 5}')[0] for _ in range(2)]
+    until(lambda: house.service.held == 2)
+    house.recorder.take()
+    ended = house.engine.submitted[0].key
+    house.service.on_step(StepOutput([], [], [Finished(ended, "cancelled")], 0, 0, from_engine=False))
+    until(lambda: len(house.engine.submitted) == 3)
+    admission = house.service._admission
+    assert admission._news.short_of_blocks and house.service.held == 1
+    assert not any("requests" in name for name, _ in house.recorder.take().gauges)
+
+
 @pytest.mark.parametrize("moment", ["before the first output", "between two outputs"])
 @pytest.mark.parametrize("why", ["its client has gone", "the drain is over"])
 def test_a_request_that_ends_while_it_is_handed_over_is_no_work_for_the_engine(

@@ -20,7 +20,7 @@ from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.engine.handle import KeeperSettings
 from morph_runtime.engine.keeper import EngineKeeper
 from morph_runtime.engine.messages import EngineInfo, SamplingParams, StepOutput, StructuredOutputs, Submit
-from morph_runtime.engine.patience import OUTSIDE_FACTOR
+from morph_runtime.engine.patience import IN_ALL_FACTOR
 from morph_runtime.errors import EngineDown
 
 FAST = KeeperSettings(restarts=3, pause_s=0.01, start_timeout_s=110)
@@ -297,7 +297,7 @@ def test_engines_that_are_ended_while_they_start_do_not_end_the_server() -> None
 def test_engines_that_are_always_ended_while_they_start_are_given_up_in_the_end() -> None:
     failing = Failing(lambda _at: "ended")
     failing.hearer.wait(lambda: failing.hearer.down)
-    assert failing.made == 1 + FAST.restarts * OUTSIDE_FACTOR
+    assert failing.made == 1 + FAST.restarts * IN_ALL_FACTOR
     failing.keeper.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from morph_runtime.engine.patience import LONGEST_PAUSE_S, OUTSIDE_FACTOR, Patience
+from morph_runtime.engine.patience import IN_ALL_FACTOR, LONGEST_PAUSE_S, Patience
 
 
 def test_an_engine_that_fails_of_itself_gets_so_many_restarts_with_growing_pauses() -> None:
@@ -18,7 +18,7 @@ def test_an_engine_that_is_ended_while_it_starts_gets_more_but_not_for_ever() ->
     pauses = []
     while (pause_s := patience.next_pause_s(outside=True)) is not None:
         pauses.append(pause_s)
-    assert len(pauses) == 5 * OUTSIDE_FACTOR
+    assert len(pauses) == 5 * IN_ALL_FACTOR
     assert pauses[:4] == [0.0, 0.5, 1.0, 2.0]
     assert pauses == sorted(pauses) and pauses[-1] == LONGEST_PAUSE_S, "a loop of kills must not burn the processor"
 
@@ -31,7 +31,7 @@ def test_kills_between_do_not_hide_that_an_engine_cannot_start() -> None:
 
 def test_failures_of_its_own_count_among_the_kills() -> None:
     patience = Patience(restarts=2, pause_s=0.0)
-    ends = [True, False, *[True] * (2 * OUTSIDE_FACTOR - 1)]
+    ends = [True, False, *[True] * (2 * IN_ALL_FACTOR - 1)]
     assert [patience.next_pause_s(end) is None for end in ends] == [False] * (len(ends) - 1) + [True]
 
 
@@ -43,6 +43,15 @@ def test_after_a_good_start_counting_begins_anew() -> None:
         assert patience.in_vain == 0
 
 
+def test_an_end_that_a_request_is_convicted_of_is_no_failure_of_the_engines_own() -> None:
+    patience = Patience(restarts=2, pause_s=0.5)
+    ends = [(False, False), (False, False), *[(False, True)] * 3, (False, False), (False, False)]
+    assert [patience.next_pause_s(*end) is None for end in ends] == [False] * 6 + [True]
+    patience = Patience(restarts=2, pause_s=0.5)
+    pauses = [patience.next_pause_s(False, convicted=True) for _ in range(2 + 2 * IN_ALL_FACTOR)]
+    assert pauses[:3] == [0.0, 0.5, 1.0] and pauses.index(None) == 2 * IN_ALL_FACTOR
+
+
 @pytest.mark.parametrize("outside", [False, True])
 def test_without_restarts_the_first_end_is_the_last(outside: bool) -> None:
     assert Patience(restarts=0, pause_s=0.5).next_pause_s(outside) is None
@@ -50,4 +59,4 @@ def test_without_restarts_the_first_end_is_the_last(outside: bool) -> None:
 
 def test_the_most_restarts_that_can_be_set_have_pauses() -> None:
     patience = Patience(restarts=1000, pause_s=30.0)
-    assert all(patience.next_pause_s(outside=True) is not None for _ in range(1000 * OUTSIDE_FACTOR))
+    assert all(patience.next_pause_s(outside=True) is not None for _ in range(1000 * IN_ALL_FACTOR))

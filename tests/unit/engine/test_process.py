@@ -15,6 +15,7 @@ import pytest
 
 from engine.conftest import make_model, run_all, submit
 from morph_runtime.config import EngineConfig
+from morph_runtime.engine import client as client_module
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.client import EngineClient
 from morph_runtime.engine.messages import EngineStats, SamplingParams, StepOutput, Submit
@@ -162,6 +163,47 @@ def test_a_start_that_somebody_has_ended_is_told_from_one_that_fails_of_itself(
     with pytest.raises(EngineDown, match=r"ended while starting \(exit status"):
         made.start(110)
     assert made.ended_from_outside is outside
+
+
+SLOW_TO_EXIT = """
+import signal, socket, sys
+from morph_runtime.engine.messages import EngineFailure, EngineInfo
+from morph_runtime.engine.wire import FrameWriter
+writer = FrameWriter(socket.socket(fileno=int(sys.argv[-1])))
+writer.send(EngineInfo("m", "a", "cpu", "float32", 1, 10, [], 8, 1, 4, "float32", 8, 0, [], 1, 0.0))
+writer.send(EngineFailure("The engine has failed: it hurts."))
+signal.pause()
+"""
+
+
+def test_an_engine_that_has_failed_is_down_at_once_however_slowly_it_exits(
+    folder: Path, recorder: Recorder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "KILL_AFTER_S", 0.1)
+    script, python = tmp_path / "engine.py", tmp_path / "python"
+    script.write_text(SLOW_TO_EXIT)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}" "$@"\n')
+    python.chmod(0o755)
+    made = EngineClient(config_for(folder), recorder, python=str(python))
+    made.start(110)
+    try:
+        recorder.wait(lambda: recorder.down)
+        assert recorder.down == ["The engine has failed: it hurts."]
+        assert Path(f"/proc/{made.pid}").exists()
+    finally:
+        made.close()
+    assert not Path(f"/proc/{made.pid}").exists() and not made.ended_from_outside
+    assert len(recorder.down) == 1
+
+
+def test_a_process_that_cannot_be_started_is_a_start_that_has_failed(folder: Path, recorder: Recorder) -> None:
+    """So it is tried again: where memory or descriptors are short, they may not be a second later."""
+    made = EngineClient(config_for(folder), recorder, python="/nonexistent/python")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(EngineDown, match=r"^The engine process could not be started: .*/nonexistent/python"):
+        made.start(110)
+    assert len(os.listdir("/proc/self/fd")) == before and not made.ended_from_outside
+    made.close()
 
 
 def test_a_budget_that_cannot_hold_the_model_is_one_sentence_with_the_least_that_can(

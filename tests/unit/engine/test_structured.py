@@ -134,6 +134,16 @@ def test_a_refused_form_ends_its_request_alone_with_one_sentence(
     assert len(tokens.get(1, ())) < 5
 
 
+def test_nothing_stays_of_a_refused_request_that_asked_for_its_history(
+    engines: EngineFactory, speaking_model: Path
+) -> None:
+    engine = engines(speaking_model)
+    ask(engine, 1, json_form({"type": "objec"}), history=True)
+    assert engine.parts.intake.num_held == 1 and engine._histories.any_kept
+    assert ends(engine)[1][1].reason == "invalid"
+    assert not engine._histories.any_kept
+
+
 def test_a_model_without_a_tokenizer_says_so(engines: EngineFactory, tiny_model: Path) -> None:
     engine = engines(tiny_model)
     ask(engine, 1, FORMS[2])

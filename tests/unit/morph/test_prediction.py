@@ -265,6 +265,15 @@ def test_modes_and_cap_are_limits_that_can_be_changed() -> None:
         loop.controller.set_mode("fast")
 
 
+def test_a_verdict_on_the_slos_does_not_outlive_the_mode_that_it_was_made_in() -> None:
+    loop = make_loop(costs=make_costs(deep=1.5, wide=1.5), gain_blocks=0)
+    loop.run(compute(3.0, 15), 15.0)
+    assert not loop.controller.slo_feasible
+    loop.controller.set_mode("off")
+    loop.controller.decide(load(50, 9.0, level=0))
+    assert loop.controller.slo_feasible, "nobody has asked"
+
+
 def test_without_the_outer_queue_the_engines_own_line_still_brings_it_down() -> None:
     line = 8
     waiting = Waiting(
