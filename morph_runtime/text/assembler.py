@@ -32,8 +32,15 @@ class OutputAssembler:
     Not safe for use from several threads at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, eos_token_ids: Iterable[int] = ()) -> None:
-        self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        eos_token_ids: Iterable[int] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """`prompt`: the tokens that the output follows."""
+        self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens, prompt=prompt)
         self._matcher = StopMatcher(sampling.stop, include_stop=sampling.include_stop_str_in_output)
         self._min_tokens = sampling.min_tokens
         # The token that ends the sequence counts but is no text, even when special tokens are shown (as in vLLM).

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from morph_runtime.engine.messages import SamplingParams, StructuredOutputs
@@ -18,10 +19,10 @@ TEXT = st.text(st.sampled_from("ab c☃😀é\ufffd👩‍👩‍👧"), max_siz
 
 
 def assemble(
-    tokenizer: Tokenizer, tokens: list[int], cuts: list[int], sampling: SamplingParams
+    tokenizer: Tokenizer, tokens: list[int], cuts: list[int], sampling: SamplingParams, prompt: Sequence[int] = ()
 ) -> tuple[list[str], int, str | None]:
     """Deltas, counted tokens and finish reason when the tokens come in groups of `cuts`, repeated."""
-    assembler = OutputAssembler(tokenizer, sampling)
+    assembler = OutputAssembler(tokenizer, sampling, prompt=prompt)
     deltas, count, reason, at, turn = [], 0, None, 0, 0
     while at < len(tokens):
         size = cuts[turn % len(cuts)]
@@ -34,6 +35,30 @@ def assemble(
     deltas.append(last.text)
     assert assembler.n_tokens == count
     return deltas, count, reason or last.finish_reason
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["ab", "c", "a", "☃", "é", " "]), min_size=1, max_size=30), st.data(), CUTS)
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_prompt_and_output_fit_together_wherever_the_output_begins(
+    request: pytest.FixtureRequest, kind: str, words: list[str], data: st.DataObject, cuts: list[int]
+) -> None:
+    """As in vLLM: the space between two words is not lost where the output begins with the second one."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    tokens = tokenizer.encode(" ".join(words))
+    at = data.draw(st.integers(0, len(tokens)))
+    prompt = tokenizer.decode(tokens[:at])
+    assume(not prompt.endswith("\ufffd"))  # half a character: nothing follows it that would be whole
+    deltas, _, _ = assemble(tokenizer, tokens[at:], cuts, SamplingParams(), tokens[:at])
+    assert prompt + "".join(deltas) == tokenizer.decode(tokens)
+
+
+def test_a_stop_string_that_begins_with_a_space_fires_at_once(sentencepiece: Tokenizer) -> None:
+    tokens = sentencepiece.encode("ab ab c")
+    prompt = sentencepiece.encode("ab")
+    assembler = OutputAssembler(sentencepiece, SamplingParams(stop=(" ab",)), prompt=prompt)
+    delta = assembler.push(tokens[len(prompt) :])
+    assert (delta.text, delta.finish_reason) == ("", "stop")
 
 
 @settings(deadline=None)
