@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.engine.messages import SamplingParams, StructuredOutputs
 from morph_runtime.text.assembler import OutputAssembler
 from morph_runtime.text.detokenizer import make_detokenizer
 from morph_runtime.text.tokenizer import Tokenizer
@@ -176,6 +177,14 @@ def test_the_token_that_ends_the_output_is_no_text(byte_level: Tokenizer, ignore
     assembler = OutputAssembler(byte_level, sampling, eos_token_ids=[0])
     delta = assembler.push([*byte_level.encode("z"), 0])
     assert (delta.text, delta.n_tokens) == (text, 2)
+
+
+@pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 9}, {"min_tokens": 9, "stop_token_ids": (0,)}])
+def test_the_token_that_ends_a_grammar_is_no_text(byte_level: Tokenizer, params: dict[str, Any]) -> None:
+    form = StructuredOutputs("regex", "z")
+    sampling = SamplingParams(skip_special_tokens=False, structured_outputs=form, **params)
+    delta = OutputAssembler(byte_level, sampling, eos_token_ids=[0]).push([*byte_level.encode("z"), 0])
+    assert (delta.text, delta.n_tokens) == ("z", 2)
 
 
 def test_an_incomplete_character_at_the_end_becomes_a_replacement(byte_level: Tokenizer) -> None:
