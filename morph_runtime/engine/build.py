@@ -33,7 +33,7 @@ from morph_runtime.structured.compiler import GrammarCompiler
 from morph_runtime.weights.spec import ModelSpec
 
 COARSEST = 32
-"""The KV cache grows by at most one part in so many of the budget, where smaller extents can do it: where a block's bytes
+"""The KV cache grows by at most one part in so many of the budget, where smaller extents can do it: if a block's bytes
 are no power of two, what is whole blocks and whole large extents at once may be gigabytes, which would lie idle."""
 CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
 """What a GPU needs besides PyTorch: distribution and top-level module."""

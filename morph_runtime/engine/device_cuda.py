@@ -45,8 +45,8 @@ from morph_runtime.weights.slots import LayerSlots
 
 EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
 """Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
-size, so large ones make shifts cheap; but the KV cache grows by whole blocks and extents at once, and less than that may
-lie idle."""
+size, so large ones make shifts cheap; but the KV cache grows by whole blocks and extents at once, and less than that
+may lie idle."""
 PLANES_PER_RANGE = 2**16
 """All of them: block-major. Decode reads every layout at the same speed (bench/gpu_kernels, kv_layout), and one range
 makes the growth quantum small: one extent where a block's bytes are a power of two."""
@@ -141,6 +141,11 @@ class CudaDevice(EngineDevice):
     ) -> int:
         """A bound before anything is measured; `fit` replaces it by what it came to."""
         spec, tokens = model.spec, config.scheduler.max_num_batched_tokens
+        most = (2**31 - 1) // max(2 * spec.ffn, (spec.heads + 2 * spec.kv_heads) * spec.head_dim, spec.hidden)
+        if tokens > most:
+            raise ConfigError(
+                f"scheduler.max_num_batched_tokens must be at most {most} on a GPU for a model of this width."
+            )
         width = 2 * spec.hidden + 3 * spec.ffn + 2 * (spec.heads + 2 * spec.kv_heads) * spec.head_dim
         logits = 3 * 4 * config.scheduler.max_num_seqs * spec.vocab
         return OUTSIDE_BYTES + 2 * tokens * width + logits + model.slots.scratch_bytes

@@ -48,8 +48,8 @@ class GpuMemory:
         """
         if total_bytes < (1 - UNSEEN_SHARE) * self.total_bytes():
             raise ConfigError(
-                f"NVML sees a GPU of {self.total_bytes() / GIB:.1f} GiB, CUDA one of {total_bytes / GIB:.1f}: for a part "
-                "of a GPU (MIG) set CUDA_VISIBLE_DEVICES to its UUID (nvidia-smi -L)."
+                f"NVML sees a GPU of {self.total_bytes() / GIB:.1f} GiB, CUDA one of {total_bytes / GIB:.1f}: for a "
+                "part of a GPU (MIG) set CUDA_VISIBLE_DEVICES to its UUID (nvidia-smi -L)."
             )
         asked = str(self._nvml.nvmlDeviceGetUUID(self._handle))
         if not asked.startswith("MIG-") and asked.removeprefix("GPU-") != uuid.removeprefix("GPU-"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from morph_runtime.kernels.cuda.tiles import Tile
 
 SHARED_EVERYWHERE = 90 << 10
 """Bytes of shared memory that a block gets on every GPU from SM80 on."""
+
+ROW_SCALES = (8, 9, 10)
+"""Major compute capabilities whose FP8 product in PyTorch takes a scale per row."""
 
 SHARED_SPARE = 4 << 10
 """Bytes beside the stages: scales, barriers, reductions."""
@@ -28,6 +32,13 @@ def check_gpu(dtype: torch.dtype, device: torch.device, capability: tuple[int, i
     if found < capability:
         return f"it needs compute capability {capability[0]}.{capability[1]}, this GPU has {found[0]}.{found[1]}"
     return ""
+
+
+@cache
+def has_scaled_mm(device: torch.device) -> bool:
+    """Whether `torch._scaled_mm` takes a scale per row there. On SM110 and SM120 PyTorch 2.10 hands it to cuBLASLt,
+    which does not (PyTorch's issue 192707)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in ROW_SCALES
 
 
 def check_rows(x: Tensor, k: int, dtype: torch.dtype) -> None:

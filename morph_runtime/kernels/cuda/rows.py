@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from morph_runtime.kernels.activation import Fp8Rows
-from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange, fitted
+from morph_runtime.kernels.cuda.checks import check_gpu, check_rows, check_weight, exchange, fitted, has_scaled_mm
 from morph_runtime.kernels.cuda.jit import power_of_two
 from morph_runtime.kernels.cuda.packing import pack_rows
 from morph_runtime.kernels.cuda.products import rows_product
@@ -151,7 +151,7 @@ class Fp8Linear(RowsLinear):
         m = x.values.shape[0]
         if m <= self._own_max_rows and k % STEP == 0:
             return self.run_fp8_tile(x, w, scratch, pick_fp8(m, n, k))
-        if n % 16 == 0 and k % 16 == 0:
+        if n % 16 == 0 and k % 16 == 0 and has_scaled_mm(codes.device):
             return torch._scaled_mm(
                 x.values, codes.t(), scale_a=x.scales, scale_b=w["scales"][None, :], out_dtype=self.dtype
             )

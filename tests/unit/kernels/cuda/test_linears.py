@@ -11,6 +11,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from morph_runtime.kernels.activation import Fp8Rows
+from morph_runtime.kernels.cuda.checks import has_scaled_mm
 from morph_runtime.kernels.cuda.int4 import TritonInt4Linear
 from morph_runtime.kernels.cuda.rows import Fp8Linear, RowsLinear, TritonInt8Linear
 from morph_runtime.kernels.cuda.tiles import EDGES, LOCK_ROWS, Tile, pick_fp8, pick_int4, pick_rows
@@ -169,3 +170,12 @@ def test_a_cpu_is_refused(kind: type[LinearKernel]) -> None:
         False,
         "it runs on cuda, not on cpu",
     )
+
+
+@pytest.mark.parametrize(("major", "there"), [(8, True), (9, True), (10, True), (11, False), (12, False)])
+def test_row_scales_are_left_to_pytorch_only_where_it_has_them(
+    monkeypatch: pytest.MonkeyPatch, major: int, there: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (major, 0))
+    assert has_scaled_mm.__wrapped__(torch.device("cuda", 0)) is there
+    assert has_scaled_mm.__wrapped__(torch.device("cpu"))
