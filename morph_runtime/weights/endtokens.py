@@ -13,7 +13,7 @@ def read_end_tokens(config: Fields, folder: Path, vocab: int) -> tuple[int, ...]
     """Numbers below `vocab`, each once; may be empty.
 
     None of the files goes before another: a fine-tune for chat often gives its tokenizer another end, and keeps the
-    configs of its base. Numbers from `vocab` on, which a tokenizer may have, are left out: no logits belong to them.
+    configs of its base. A tokenizer may have tokens beyond the model's vocabulary: such an end is left out.
 
     Args:
         config: of config.json.
@@ -21,24 +21,25 @@ def read_end_tokens(config: Fields, folder: Path, vocab: int) -> tuple[int, ...]
         vocab: columns of the model's logits.
 
     Raises:
-        ConfigError: a file that cannot be read, or a bad field, named.
+        ConfigError: a file that cannot be read, or a bad field, named; a number from `vocab` on in a config is one.
     """
-    found = _numbers(config.get("eos_token_id"), f"{folder / 'config.json'}: 'eos_token_id'")
+    found = _numbers(config.get("eos_token_id"), vocab, f"{folder / 'config.json'}: 'eos_token_id'")
     generation = folder / "generation_config.json"
     if generation.is_file():
-        found += _numbers(read_json(generation).get("eos_token_id"), f"{generation}: 'eos_token_id'")
+        found += _numbers(read_json(generation).get("eos_token_id"), vocab, f"{generation}: 'eos_token_id'")
     text, tokenizer = _end_text(folder / "tokenizer_config.json"), folder / "tokenizer.json"
     if text is not None and tokenizer.is_file():
-        found += _numbers(_number_of(text, tokenizer), f"{tokenizer}: the number of {text!r}")
-    return tuple(dict.fromkeys(token for token in found if token < vocab))
+        known = _numbers(_number_of(text, tokenizer), 2**31, f"{tokenizer}: the number of {text!r}")
+        found += [token for token in known if token < vocab]
+    return tuple(dict.fromkeys(found))
 
 
-def _numbers(value: Any, what: str) -> list[int]:
-    """A number, several, or none (null)."""
+def _numbers(value: Any, limit: int, what: str) -> list[int]:
+    """A number below `limit`, several, or none (null)."""
     tokens = [] if value is None else value if isinstance(value, list) else [value]
     for token in tokens:
-        if type(token) is not int or token < 0:
-            raise ConfigError(f"{what} must hold token numbers, but holds {token!r}.")
+        if type(token) is not int or not 0 <= token < limit:
+            raise ConfigError(f"{what} must hold token numbers from 0 to {limit - 1}, but holds {token!r}.")
     return list(tokens)
 
 

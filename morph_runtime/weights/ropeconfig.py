@@ -31,9 +31,7 @@ def read_rope(config: Fields, max_positions: int, where: str) -> RopeSpec:
             raise ConfigError(f"{where}: a partial rotary embedding ('partial_rotary_factor' below 1) is not served.")
     kind = values.get("rope_type") or values.get("type")
     if kind is None and scaling and config.section("rope_parameters"):
-        raise ConfigError(
-            f"{where}: 'rope_scaling' goes before 'rope_parameters', but names no 'rope_type': add one, or leave it out."
-        )
+        raise ConfigError(f"{where}: 'rope_scaling' goes before 'rope_parameters', but names no 'rope_type': name one.")
     kind = kind or "default"
     if kind not in ROPE_KINDS:
         raise ConfigError(
@@ -72,19 +70,16 @@ def read_rope(config: Fields, max_positions: int, where: str) -> RopeSpec:
 
 def _theta(config: Fields, parameters: Fields, values: Fields, where: str) -> float:
     """Base of the frequencies; `values` are `parameters`, or a `rope_scaling` that goes before them."""
+    if values.get("rope_theta") is not None:
+        return values.number("rope_theta")
     outer = config.number("rope_theta", 10000.0)
     inner = parameters.number("rope_theta", outer)
-    if (
-        values is not parameters
-        and values.get("rope_theta") is None
-        and config.get("rope_theta") is not None
-        and inner != outer
-    ):
+    if config.get("rope_theta") is not None and inner != outer:
         raise ConfigError(
             f"{where}: 'rope_theta' is {outer:g}, but {inner:g} in 'rope_parameters': write the right one into "
             "'rope_scaling'."
         )
-    return values.number("rope_theta", inner)
+    return inner
 
 
 def _yarn_attention_factor(values: Fields, factor: float) -> float:

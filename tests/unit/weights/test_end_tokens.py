@@ -75,11 +75,11 @@ def test_a_tokenizer_config_without_a_tokenizer_adds_nothing(tmp_path: Path) -> 
     assert ModelSpec.from_folder(path).eos_ids == (7,)
 
 
-def test_tokens_beyond_the_models_vocabulary_are_left_out(tmp_path: Path) -> None:
-    """The model never says them, and the sampler has no column for them."""
+def test_a_tokenizers_end_beyond_the_models_vocabulary_is_left_out(tmp_path: Path) -> None:
+    """The model never says it, and the sampler has no column for it."""
     tokenizer = {"added_tokens": [{"id": 128256, "content": "<|im_end|>"}]}
-    path = folder(tmp_path, "<|im_end|>", tokenizer, {"eos_token_id": [200_000, 8]}, eos_token_id=[7, 128256])
-    assert ModelSpec.from_folder(path).eos_ids == (7, 8)
+    path = folder(tmp_path, "<|im_end|>", tokenizer, eos_token_id=7)
+    assert ModelSpec.from_folder(path).eos_ids == (7,)
 
 
 @pytest.mark.parametrize("eos_token,tokenizer,message", [

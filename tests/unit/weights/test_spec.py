@@ -145,11 +145,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": None, "rope_parameters": {**YARN, "truncate": "no"}}, r"'truncate' must be true or false"),
     ({"rope_scaling": {**V4["rope_scaling"], "high_freq_factor": 1.0}}, r"'high_freq_factor' \(1\) must be above"),  # type: ignore[dict-item]
     ({"partial_rotary_factor": 0.5}, r"partial rotary embedding"),
-    ({"eos_token_id": -1}, r"'eos_token_id' must hold token numbers, but holds -1"),
-    ({"eos_token_id": [True]}, r"'eos_token_id' must hold token numbers, but holds True"),
+    ({"eos_token_id": 200000}, r"'eos_token_id' must hold token numbers from 0 to 128255, but holds 200000"),
+    ({"eos_token_id": [True]}, r"'eos_token_id' must hold token numbers from 0 to 128255, but holds True"),
     (
         {"rope_scaling": {"factor": 4.0}, "rope_theta": "absent", "rope_parameters": YARN},
-        r"'rope_scaling' goes before 'rope_parameters', but names no 'rope_type': add one, or leave it out\.",
+        r"'rope_scaling' goes before 'rope_parameters', but names no 'rope_type': name one\.",
     ),
     (
         {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
