@@ -191,7 +191,7 @@ class Service:
         given = given.within_context(len(prompt), self._info.max_model_len)
         check_context(len(prompt), given.sampling.max_tokens, self._info.max_model_len)
         outputs = [
-            Output(key, OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids))
+            Output(key, OutputAssembler(self._tokenizer, given.sampling, self._info.eos_token_ids, prompt))
             for key in self._open.new_keys(given.sampling.n)
         ]
         request = OpenRequest(given, prompt, channel, outputs, arrival_s)

@@ -73,6 +73,7 @@ def identity(parts: EngineParts, plan: LevelPlan, folder: Path) -> dict[str, Any
         "max_num_seqs": config.scheduler.max_num_seqs,
         "max_num_batched_tokens": config.scheduler.max_num_batched_tokens,
         "depth": config.morph.depth,
+        "overlap": config.overlaps,
         "step_sizes": [list(parts.runner.step_sizes), list(parts.runner.mixed_step_sizes)],
         "budget_s": config.morph.cost_budget_s,
     }

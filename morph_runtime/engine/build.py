@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -32,6 +32,9 @@ from morph_runtime.scheduler import PrefixCache, Scheduler
 from morph_runtime.structured.compiler import GrammarCompiler
 from morph_runtime.weights.spec import ModelSpec
 
+COARSEST = 32
+"""The KV cache grows by at most one part in so many of the budget, where smaller extents can do it: where a block's bytes
+are no power of two, what is whole blocks and whole large extents at once may be gigabytes, which would lie idle."""
 CUDA_PACKAGES = {"triton": "triton", "cuda-bindings": "cuda.bindings.driver", "nvidia-ml-py": "pynvml"}
 """What a GPU needs besides PyTorch: distribution and top-level module."""
 
@@ -248,7 +251,7 @@ def _cut_budget(
     budget = round(memory.budget_gib * GIB)
     slot_bytes: dict[str, int] = {rung: slots.slot_bytes(rung) for rung in slots.rungs}
     size = budget or model.static.static_bytes + layout.num_layers * slot_bytes["full"]
-    extent_bytes = memory.extent_kib * 1024 or device.extent_bytes(size)
+    extent_bytes = memory.extent_kib * 1024 or _extent_bytes(device.extent_sizes(size), layout, size)
     return plan_memory(
         budget_bytes=budget,
         kv_tokens=memory.kv_tokens,
@@ -262,6 +265,13 @@ def _cut_budget(
         min_blocks=-(-max(config.model.max_model_len, MIN_CONTEXT) // memory.block_tokens),
         workspace_bytes=device.workspace_bytes(config, model, layout, kv_format, budget),
     )
+
+
+def _extent_bytes(sizes: Sequence[int], layout: KVLayout, budget_bytes: int) -> int:
+    """The first size at which the KV cache grows by little enough, else that at which it grows by the least."""
+    growth = {size: layout.quantum(size).extents * size for size in sizes}
+    least = min(growth.values())
+    return next(size for size in sizes if growth[size] <= max(budget_bytes // COARSEST, least))
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec, base_tokens: int) -> int:

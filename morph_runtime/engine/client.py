@@ -198,7 +198,10 @@ class EngineClient:
                 self._process.wait(KILL_AFTER_S)
             except subprocess.TimeoutExpired:
                 self.kill()
-                self._process.wait()
+                try:
+                    self._process.wait(KILL_AFTER_S)
+                except subprocess.TimeoutExpired:  # in the kernel, as when a GPU has fallen off its bus
+                    logging.getLogger(__name__).error("the engine process %d cannot be killed", self._process.pid)
 
 
 def _python_of_this_environment() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from morph_runtime.config import Defaults, EngineConfig
@@ -62,9 +64,9 @@ class CpuDevice(EngineDevice):
         """See `EngineDevice.defaults`."""
         return DEFAULTS
 
-    def extent_bytes(self, budget_bytes: int) -> int:
+    def extent_sizes(self, budget_bytes: int) -> Sequence[int]:
         """See `auto_extent_bytes`."""
-        return auto_extent_bytes(budget_bytes)
+        return (auto_extent_bytes(budget_bytes),)
 
     def workspace_bytes(
         self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int

@@ -45,10 +45,11 @@ from morph_runtime.weights.slots import LayerSlots
 
 EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
 """Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
-size, so large ones make shifts cheap; but the KV cache grows by an extent at a time, and less than one may lie idle."""
+size, so large ones make shifts cheap; but the KV cache grows by whole blocks and extents at once, and less than that may
+lie idle."""
 PLANES_PER_RANGE = 2**16
 """All of them: block-major. Decode reads every layout at the same speed (bench/gpu_kernels, kv_layout), and one range
-makes the growth quantum one extent."""
+makes the growth quantum small: one extent where a block's bytes are a power of two."""
 OUTSIDE_BYTES = 2 * GIB
 """Upper bound of context, libraries, graphs and PyTorch's pools, apart from what depends on the model."""
 MARGIN_BYTES = 64 * 2**20
@@ -83,7 +84,8 @@ class CudaDevice(EngineDevice):
             )
         check_toolchain()
         torch.cuda.init()
-        self._memory.check(str(torch.cuda.get_device_properties(self._device).uuid))
+        properties = torch.cuda.get_device_properties(self._device)
+        self._memory.check(str(properties.uuid), properties.total_memory)
         # One stream for all steps, current for the engine's thread from here on.
         self._stream = torch.cuda.Stream(self._device, priority=-1)
         torch.cuda.set_stream(self._stream)
@@ -130,9 +132,9 @@ class CudaDevice(EngineDevice):
         budget = GPU_SHARE * self._memory.total_bytes() / GIB
         return Defaults(budget, kv_tokens=0, max_num_seqs=256, max_num_batched_tokens=2048)
 
-    def extent_bytes(self, budget_bytes: int) -> int:
-        """See `EngineDevice.extent_bytes`."""
-        return next(size for least, size in EXTENTS if budget_bytes >= least)
+    def extent_sizes(self, budget_bytes: int) -> Sequence[int]:
+        """The larger, the cheaper are shifts."""
+        return [size for least, size in EXTENTS if budget_bytes >= least]
 
     def workspace_bytes(
         self, config: EngineConfig, model: OpenModel, layout: KVLayout, kv_format: KVFormat, budget: int
@@ -148,8 +150,20 @@ class CudaDevice(EngineDevice):
         total = ledger.total_extents
         self._is_whole = not config.memory.budget_gib
         if not self._is_whole:
+            self._check_free(ledger)
             total = min(total, ledger.fixed_extents + ledger.quantum.extents)
         return CudaPageArena(total, ledger.extent_bytes)
+
+    def _check_free(self, ledger: Ledger) -> None:
+        """Raises ConfigError if others have so much of the GPU that the budget cannot be had: loading takes minutes."""
+        free, whole = torch.cuda.mem_get_info(self._device)
+        missing = ledger.budget_bytes - self._memory.used_bytes() - free
+        if missing > 0:
+            budget, left = ledger.budget_bytes / GIB, (ledger.budget_bytes - missing) / GIB
+            raise ConfigError(
+                f"memory.budget_gib is {budget:.4g} (nine tenths of the GPU where nothing is set), but other processes "
+                f"leave only {left:.4g} of its {whole / GIB:.4g} GiB: end them, or lower it."
+            )
 
     def fill_static(self, model: OpenModel, slot: torch.Tensor) -> None:
         """By way of the host."""
@@ -221,7 +235,15 @@ class CudaDevice(EngineDevice):
     def fit(self, ledger: Ledger, arena: PageArena) -> Ledger:
         """See `EngineDevice.fit`."""
         assert isinstance(arena, CudaPageArena)
-        outside = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes + MARGIN_BYTES
+        measured = self._memory.used_bytes() - arena.total_extents * arena.extent_bytes
+        held = torch.cuda.memory_reserved(self._device)
+        if not held <= measured <= held + OUTSIDE_BYTES:  # NVML shows all processes together
+            logging.getLogger(__name__).warning(
+                "other processes seem to have taken or freed memory of this GPU during the start: %.2f GiB are in use "
+                "outside the arena, of which PyTorch holds %.2f; the KV cache has what is left of the budget",
+                measured / GIB, held / GIB,
+            )  # fmt: skip
+        outside = max(measured, held) + MARGIN_BYTES
         if self._is_whole:
             return replace(ledger, workspace_bytes=outside)
         fitted = replace(

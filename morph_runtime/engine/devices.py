@@ -73,8 +73,8 @@ class EngineDevice(ABC):
         """What it takes for settings that are left open."""
 
     @abstractmethod
-    def extent_bytes(self, budget_bytes: int) -> int:
-        """Bytes of one extent for a budget, unless the settings say."""
+    def extent_sizes(self, budget_bytes: int) -> Sequence[int]:
+        """Bytes that an extent may have for a budget, the best first; the settings may say another."""
 
     @abstractmethod
     def workspace_bytes(

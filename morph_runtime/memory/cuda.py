@@ -28,8 +28,8 @@ class CudaPageArena(PageArena):
         """Take `total_extents * extent_bytes` bytes of a GPU whose primary context is current.
 
         Raises:
-            ConfigError: the GPU has not that much memory free, or cannot manage virtual memory.
-            ValueError: `extent_bytes` is not a multiple of the GPU's granularity.
+            ConfigError: the GPU has not that much memory free, cannot manage virtual memory, or has pages of which
+                `extent_bytes` is no multiple.
         """
         from cuda.bindings import driver
 
@@ -46,7 +46,7 @@ class CudaPageArena(PageArena):
         minimum = driver.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_MINIMUM
         granularity = int(self._call(driver.cuMemGetAllocationGranularity(prop, minimum)))
         if extent_bytes % granularity:
-            raise ValueError(f"an extent of {extent_bytes} bytes is not a multiple of {granularity}")
+            raise ConfigError(f"memory.extent_kib must be a multiple of {granularity // 1024} on this GPU.")
         self._granularity = granularity
         self._handles: list[Any] = []
         self._spans: list[tuple[int, int]] = []

@@ -6,6 +6,10 @@ import os
 from typing import Any
 
 from morph_runtime.errors import ConfigError
+from morph_runtime.memory.ledger import GIB
+
+UNSEEN_SHARE = 0.1
+"""Of a GPU's memory that CUDA may not show: what the driver keeps for itself is less."""
 
 
 class GpuMemory:
@@ -36,12 +40,17 @@ class GpuMemory:
                 f"device is cuda, but NVML does not answer ({error}): check the driver, or set MORPH_DEVICE=cpu."
             ) from error
 
-    def check(self, uuid: str) -> None:
-        """Make sure that NVML was asked for the GPU that CUDA has opened.
+    def check(self, uuid: str, total_bytes: int) -> None:
+        """Make sure that NVML was asked for the GPU that CUDA has opened, `total_bytes` large.
 
         Raises:
-            ConfigError: it was another one.
+            ConfigError: it was another one, or the whole of one of which CUDA sees a part (MIG).
         """
+        if total_bytes < (1 - UNSEEN_SHARE) * self.total_bytes():
+            raise ConfigError(
+                f"NVML sees a GPU of {self.total_bytes() / GIB:.1f} GiB, CUDA one of {total_bytes / GIB:.1f}: for a part "
+                "of a GPU (MIG) set CUDA_VISIBLE_DEVICES to its UUID (nvidia-smi -L)."
+            )
         asked = str(self._nvml.nvmlDeviceGetUUID(self._handle))
         if not asked.startswith("MIG-") and asked.removeprefix("GPU-") != uuid.removeprefix("GPU-"):
             raise ConfigError(

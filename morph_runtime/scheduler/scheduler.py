@@ -210,7 +210,9 @@ class Scheduler:
             request.levels.append(level)
             sampling = request.sampling
             reason = ""
-            if (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
+            if token in eos and sampling.structured_outputs is not None:
+                reason = "stop"  # allowed only where the grammar is complete, and nothing can follow
+            elif (token in eos and not sampling.ignore_eos) or token in sampling.stop_token_ids:
                 reason = "stop" if stop + 1 - request.prompt_len >= sampling.min_tokens else ""
             if not reason and stop + 1 >= request.limit:
                 reason = "length"

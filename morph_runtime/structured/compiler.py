@@ -93,9 +93,26 @@ class GrammarCompiler:
     def _read_tokenizer(self) -> LLTokenizer:
         try:
             text = self._tokenizer_file.read_text(encoding="utf-8")
-            return LLTokenizer(text, n_vocab=self._vocab, eos_token=self._eos_ids)
+            try:
+                return LLTokenizer(text, n_vocab=self._vocab, eos_token=self._eos_ids)
+            except ValueError:
+                fitting = _without_tokens_from(self._vocab, text)
+                if fitting is None:
+                    raise
+                return LLTokenizer(fitting, n_vocab=self._vocab, eos_token=self._eos_ids)
         except (OSError, ValueError) as error:
             raise RequestError(FIELD, f"not served with this model: its tokenizer cannot be used ({error}).") from None
+
+
+def _without_tokens_from(vocab: int, text: str) -> str | None:
+    """A `tokenizer.json` without its added tokens from `vocab` on, which the model was not made for; None: has none."""
+    try:
+        definition = json.loads(text)
+        added = definition["added_tokens"]
+        kept = [token for token in added if token["id"] < vocab]
+        return json.dumps({**definition, "added_tokens": kept}) if len(kept) < len(added) else None
+    except (LookupError, TypeError, ValueError, RecursionError):
+        return None  # no tokenizer at all, of which the library says more
 
 
 def _grammar(wanted: StructuredOutputs) -> str:

@@ -32,13 +32,22 @@ class OutputAssembler:
     Not safe for use from several threads at once.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sampling: SamplingParams, eos_token_ids: Iterable[int] = ()) -> None:
-        self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sampling: SamplingParams,
+        eos_token_ids: Iterable[int] = (),
+        prompt: Sequence[int] = (),
+    ) -> None:
+        """`prompt`: the tokens that the output follows."""
+        self._detokenizer = make_detokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens, prompt=prompt)
         self._matcher = StopMatcher(sampling.stop, include_stop=sampling.include_stop_str_in_output)
         self._min_tokens = sampling.min_tokens
         # The token that ends the sequence counts but is no text, even when special tokens are shown (as in vLLM).
-        ends = (*sampling.stop_token_ids, *(() if sampling.ignore_eos else eos_token_ids))
+        eos, structured = frozenset(eos_token_ids), sampling.structured_outputs is not None
+        ends = eos.union(sampling.stop_token_ids) if structured or not sampling.ignore_eos else sampling.stop_token_ids
         self._silent = frozenset() if sampling.include_stop_str_in_output else frozenset(ends)
+        self._at_once = eos if structured else frozenset()  # these end a grammar's output even before `min_tokens`
         self._count = 0
 
     @property
@@ -60,7 +69,7 @@ class OutputAssembler:
                 break
             taken += 1
             self._count += 1
-            ends = token in self._silent and self._count >= self._min_tokens
+            ends = token in self._silent and (self._count >= self._min_tokens or token in self._at_once)
             text = "" if ends else self._detokenizer.push(token)
             parts.append(self._matcher.feed(text, armed=self._count > self._min_tokens))
         return TextDelta("".join(parts), taken, "stop" if self._matcher.stopped else None)

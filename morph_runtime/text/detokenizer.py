@@ -9,7 +9,7 @@ from __future__ import annotations
 import codecs
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from morph_runtime.text.tokenizer import Tokenizer
@@ -19,6 +19,8 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How a vocabulary with byte fallback spells a byte."""
 _HELD_TOKENS_MAX = 8
 """A character has at most 4 bytes, so after this many tokens a U+FFFD is what the model wrote."""
+_PROMPT_TOKENS, _PROMPT_TOKENS_MAX = 4, 24
+"""Tokens at the prompt's end that are decoded before the first token: so many, or more if they are no whole text."""
 
 
 class Detokenizer(Protocol):
@@ -33,11 +35,13 @@ class Detokenizer(Protocol):
         ...
 
 
-def make_detokenizer(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
-    """The detokenizer that suits the tokenizer's decoder."""
+def make_detokenizer(
+    tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()
+) -> Detokenizer:
+    """The detokenizer that suits the tokenizer's decoder, for what follows the tokens `prompt`."""
     if tokenizer.decoder_type == "ByteLevel":
         return ByteLevelDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
-    return WindowDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens)
+    return WindowDetokenizer(tokenizer, skip_special_tokens=skip_special_tokens, prompt=prompt)
 
 
 class ByteLevelDetokenizer:
@@ -74,14 +78,22 @@ class WindowDetokenizer:
     """For any decoder (SentencePiece with byte fallback, WordPiece, ...): decode a short window again per token.
 
     The window starts with the tokens whose text was returned last, because a decoder may treat
-    the first token differently (SentencePiece strips its space).
+    the first token differently (SentencePiece strips its space). Before the first token these are the prompt's last
+    ones, so that text and prompt fit together.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True, prompt: Sequence[int] = ()) -> None:
+        """`prompt`: what goes before; empty: the text begins here."""
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._context: list[int] = []
         self._context_text = ""
+        for count in range(_PROMPT_TOKENS, _PROMPT_TOKENS_MAX + 1):
+            self._context = list(prompt[-count:])
+            self._context_text = self._decode(self._context)
+            whole = self._context_text and _REPLACEMENT not in self._context_text[:1] + self._context_text[-1:]
+            if whole or count >= len(prompt):
+                break
         self._held: list[int] = []
         self._byte_run = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -138,7 +138,7 @@ def _readers(limits: ParameterLimits) -> dict[str, Callable[[str, Any], Any]]:
         "repetition_penalty": _repetition_penalty,
         "logit_bias": lambda key, value: _logit_bias(key, value, limits),
         "stop_token_ids": lambda key, value: read_token_ids(key, value, limits.max_token_ids, limits.vocab_size),
-        "bad_words": lambda key, value: read_strings(key, value, limits.max_bad_words, limits.max_stop_chars),
+        "bad_words": lambda key, value: _bad_words(key, value, limits),
         "logprobs": lambda key, value: read_integer(key, value, 0, limits.max_logprobs),
         "prompt_logprobs": lambda key, value: read_integer(key, value, 0, limits.max_logprobs),
         "structured_outputs": structured_outputs,
@@ -225,6 +225,19 @@ def _logit_bias(key: str, value: Any, limits: ParameterLimits) -> tuple[tuple[in
         (read_integer(key, token, 0, limits.vocab_size - 1), min(_MAX_BIAS, max(-_MAX_BIAS, read_number(key, bias))))
         for token, bias in pairs.items()
     )
+
+
+def _bad_words(key: str, value: Any, limits: ParameterLimits) -> tuple[str, ...]:
+    """One word, a list of them, or the list's JSON text; vLLM has the lists only."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = read_nested(key, value)
+        except RequestError:
+            said = (
+                "a string that begins with '[' must be the JSON text of a list; give a word that begins so in a list."
+            )
+            raise RequestError(key, said) from None
+    return read_strings(key, value, limits.max_bad_words, limits.max_stop_chars)
 
 
 def _seed(key: str, value: Any) -> int | None:

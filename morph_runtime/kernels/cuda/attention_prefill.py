@@ -33,8 +33,10 @@ class PrefillTile(NamedTuple):
 def prefill_tile(head_dim: int, element_bytes: int) -> PrefillTile:
     """The tile for heads of `head_dim` values of `element_bytes` bytes each."""
     row_bytes = power_of_two(head_dim) * element_bytes
-    if row_bytes <= 256:
+    if row_bytes <= 256 and element_bytes < 4:
         return PrefillTile(128, 64, 8, 3)
+    if row_bytes <= 256:  # float32 takes more room than the 99 KiB of SM86, SM89 and SM120 for what it computes
+        return PrefillTile(64, 64, 4, 2)
     if row_bytes <= 512:
         return PrefillTile(64, 32, 4, 2)
     return PrefillTile(32, 16, 4, 2)

@@ -96,6 +96,14 @@ def test_costs_are_measured_once_kept_and_found_at_the_next_start(
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+def test_costs_with_and_without_overlap_are_kept_apart(engines: EngineFactory, tiny_model: Path) -> None:
+    off, on, default = (
+        identity(engines(tiny_model, **given).parts, PLAN, tiny_model)
+        for given in ({"overlap": "off"}, {"overlap": "on"}, {})
+    )
+    assert off != on and off == default, "what it comes to counts: on a CPU the default is off"
+
+
 @pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"format": 1, "identity": {}, "costs": {}}', "costs", "identity"])
 def test_a_damaged_or_foreign_file_is_ignored_with_one_line(
     engines: EngineFactory, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str

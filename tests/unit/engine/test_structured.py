@@ -193,6 +193,8 @@ def test_a_request_can_be_cancelled_while_its_grammar_is_compiled(
     "params",
     [
         {"min_tokens": 40},
+        {"ignore_eos": True},
+        {"min_tokens": 40, "ignore_eos": True, "stop_token_ids": (0,)},
         {"bad_word_ids": tuple((token,) for token in range(320))},
         {"logit_bias": ((0, 100.0), (7, 100.0)), "temperature": 0.0},
         {"repetition_penalty": 3.0, "presence_penalty": 2.0},
@@ -204,9 +206,23 @@ def test_the_grammar_wins_over_every_other_parameter(
 ) -> None:
     engine = engines(speaking_model)
     ask(engine, 2, FORMS[2], 60, **params)
-    tokens, _ = ends(engine)
+    tokens, finished = ends(engine)
     text = Tokenizer.from_folder(speaking_model).decode(tokens[2])
     assert is_valid(2, text)
+    assert (finished[2].reason, finished[2].detail) == ("stop", "")
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_a_choice_shorter_than_min_tokens_ends_there_and_plain_requests_go_on(
+    engines: EngineFactory, speaking_model: Path, overlap: str
+) -> None:
+    engine = engines(speaking_model, overlap=overlap)
+    ask(engine, 1, StructuredOutputs("choice", '["yes", "no"]'), 20, min_tokens=12)
+    ask(engine, 2, None, 20, ignore_eos=True, logit_bias=((0, 100.0),))
+    tokens, finished = ends(engine)
+    assert Tokenizer.from_folder(speaking_model).decode(tokens[1]) in ("yes", "no")
+    assert (finished[1].reason, finished[2].reason) == ("stop", "length")
+    assert tokens[1][-1] == 0 and tokens[2] == [0] * 20
 
 
 def test_log_probabilities_are_those_under_the_grammar(engines: EngineFactory, speaking_model: Path) -> None:

@@ -39,6 +39,29 @@ def regex(text: str) -> StructuredOutputs:
     return StructuredOutputs("regex", text)
 
 
+def test_tokens_that_the_model_was_not_made_for_are_left_out(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(VOCAB)
+    model_vocab = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(["<pad>", "<more>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with contextlib.closing(GrammarCompiler(tmp_path / "tokenizer.json", model_vocab, (EOS_ID,), 0)) as compiler:
+        matcher = compiler.compile(regex("a<pad>")).result(30).matcher()
+        matcher.advance(tokenizer.encode("a<").ids, 0)
+        assert not matcher.error
+        mask = matcher.inner.compute_bitmask()
+    allowed = [token for token in range(len(mask) * 8) if mask[token // 8] >> token % 8 & 1]
+    assert allowed and max(allowed) < model_vocab
+    assert all(tokenizer.id_to_token(token).startswith("p") for token in allowed)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", '{"added_tokens": [{"id": "x"}]}', "[" * 100_000])
+def test_a_file_that_is_no_tokenizer_is_a_request_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(text)
+    compiler = GrammarCompiler(tmp_path / "tokenizer.json", VOCAB, (EOS_ID,), 0)
+    with contextlib.closing(compiler), pytest.raises(RequestError, match="its tokenizer cannot be used"):
+        compiler.compile(regex("a")).result(30)
+
+
 def test_a_definition_is_compiled_once_and_shared(make: Make) -> None:
     compiler = make()
     assert compiler.compile(regex("a")) is compiler.compile(regex("a"))

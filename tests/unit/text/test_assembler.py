@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.engine.messages import SamplingParams, StructuredOutputs
 from morph_runtime.text.assembler import OutputAssembler
 from morph_runtime.text.detokenizer import make_detokenizer
 from morph_runtime.text.tokenizer import Tokenizer
@@ -16,10 +19,10 @@ TEXT = st.text(st.sampled_from("ab c☃😀é\ufffd👩‍👩‍👧"), max_siz
 
 
 def assemble(
-    tokenizer: Tokenizer, tokens: list[int], cuts: list[int], sampling: SamplingParams
+    tokenizer: Tokenizer, tokens: list[int], cuts: list[int], sampling: SamplingParams, prompt: Sequence[int] = ()
 ) -> tuple[list[str], int, str | None]:
     """Deltas, counted tokens and finish reason when the tokens come in groups of `cuts`, repeated."""
-    assembler = OutputAssembler(tokenizer, sampling)
+    assembler = OutputAssembler(tokenizer, sampling, prompt=prompt)
     deltas, count, reason, at, turn = [], 0, None, 0, 0
     while at < len(tokens):
         size = cuts[turn % len(cuts)]
@@ -32,6 +35,30 @@ def assemble(
     deltas.append(last.text)
     assert assembler.n_tokens == count
     return deltas, count, reason or last.finish_reason
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["ab", "c", "a", "☃", "é", " "]), min_size=1, max_size=30), st.data(), CUTS)
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte_level"])
+def test_prompt_and_output_fit_together_wherever_the_output_begins(
+    request: pytest.FixtureRequest, kind: str, words: list[str], data: st.DataObject, cuts: list[int]
+) -> None:
+    """As in vLLM: the space between two words is not lost where the output begins with the second one."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    tokens = tokenizer.encode(" ".join(words))
+    at = data.draw(st.integers(0, len(tokens)))
+    prompt = tokenizer.decode(tokens[:at])
+    assume(not prompt.endswith("\ufffd"))  # half a character: nothing follows it that would be whole
+    deltas, _, _ = assemble(tokenizer, tokens[at:], cuts, SamplingParams(), tokens[:at])
+    assert prompt + "".join(deltas) == tokenizer.decode(tokens)
+
+
+def test_a_stop_string_that_begins_with_a_space_fires_at_once(sentencepiece: Tokenizer) -> None:
+    tokens = sentencepiece.encode("ab ab c")
+    prompt = sentencepiece.encode("ab")
+    assembler = OutputAssembler(sentencepiece, SamplingParams(stop=(" ab",)), prompt=prompt)
+    delta = assembler.push(tokens[len(prompt) :])
+    assert (delta.text, delta.finish_reason) == ("", "stop")
 
 
 @settings(deadline=None)
@@ -150,6 +177,14 @@ def test_the_token_that_ends_the_output_is_no_text(byte_level: Tokenizer, ignore
     assembler = OutputAssembler(byte_level, sampling, eos_token_ids=[0])
     delta = assembler.push([*byte_level.encode("z"), 0])
     assert (delta.text, delta.n_tokens) == (text, 2)
+
+
+@pytest.mark.parametrize("params", [{"ignore_eos": True}, {"min_tokens": 9}, {"min_tokens": 9, "stop_token_ids": (0,)}])
+def test_the_token_that_ends_a_grammar_is_no_text(byte_level: Tokenizer, params: dict[str, Any]) -> None:
+    form = StructuredOutputs("regex", "z")
+    sampling = SamplingParams(skip_special_tokens=False, structured_outputs=form, **params)
+    delta = OutputAssembler(byte_level, sampling, eos_token_ids=[0]).push([*byte_level.encode("z"), 0])
+    assert (delta.text, delta.n_tokens) == ("z", 2)
 
 
 def test_an_incomplete_character_at_the_end_becomes_a_replacement(byte_level: Tokenizer) -> None:
