@@ -196,9 +196,9 @@ def plan_engine(config: EngineConfig) -> EnginePlan:
 def check_context(config: EngineConfig, spec: ModelSpec) -> None:
     """Raises ConfigError if a longer context is asked for than the model has."""
     asked = config.model.max_model_len
-    if asked > spec.max_positions:
+    if asked > spec.longest_context:
         raise ConfigError(
-            f"model.max_model_len is {asked}, but the model's context is {spec.max_positions} tokens: lower it."
+            f"model.max_model_len is {asked}, but the model's context is {spec.longest_context} tokens: lower it."
         )
 
 
@@ -231,7 +231,8 @@ def _kv_layout(config: EngineConfig, spec: ModelSpec, kv_format: KVFormat, devic
         ConfigError: the device's attention cannot serve `memory.kv_dtype` for this model.
     """
     block_tokens = config.memory.block_tokens
-    shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, spec.max_positions)
+    longest = config.model.max_model_len or spec.max_positions
+    shape = AttentionShape(spec.heads, spec.kv_heads, spec.head_dim, block_tokens, longest)
     fits, reason = device.serves_kv(shape, kv_format)
     if not fits:
         raise ConfigError(
@@ -274,7 +275,7 @@ def _extent_bytes(sizes: Sequence[int], layout: KVLayout, budget_bytes: int) -> 
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec, base_tokens: int) -> int:
-    """Tokens per request: what was asked for or the model's limit, within base KV capacity.
+    """Tokens per request: what was asked for or `max_positions` of the model, within base KV capacity.
 
     Raises:
         ConfigError: more was asked for than the base KV capacity holds.

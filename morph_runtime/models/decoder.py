@@ -53,15 +53,17 @@ class Decoder:
             static: embedding, final norm and output matrix; their type is that of the activations.
             kv: the cache; its tensors are looked up once.
             scratch: uint8 [>= LayerSlots.scratch_bytes], aligned to 64 bytes, overwritten by every forward.
-            max_model_len: tokens of the longest request; 0: the model's own limit.
+            max_model_len: tokens of the longest request; 0: the model's `max_positions`.
             kv_format: how `kv` stores numbers; None: in the type of the activations.
 
         Raises:
             ConfigError: `max_model_len` is beyond the model's limit, or the cache has another shape or type.
         """
         limit = max_model_len or spec.max_positions
-        if limit > spec.max_positions:
-            raise ConfigError(f"model.max_model_len is {limit}, but the model is made for {spec.max_positions} tokens.")
+        if limit > spec.longest_context:
+            raise ConfigError(
+                f"model.max_model_len is {limit}, but the model is made for {spec.longest_context} tokens."
+            )
         dtype, keys = static.embedding.dtype, kv.k(0)
         kv_format = kv_format or PlainKV(dtype)
         if tuple(keys.shape[2:]) != (spec.kv_heads, spec.head_dim) or keys.dtype != kv_format.element:

@@ -109,9 +109,9 @@ def open_session(options: SessionOptions, say: Say) -> Session:
     windows = read_windows(Path(options.text), folder, options.window_tokens, options.windows)
     device = CPU if config.device == "cpu" else open_device(config).torch_device
     model = open_model(config, device)
-    if windows.length > model.spec.max_positions:
+    if windows.length > model.spec.longest_context:
         raise ConfigError(
-            f"--window-tokens is {windows.length}, but the model's context is {model.spec.max_positions} tokens."
+            f"--window-tokens is {windows.length}, but the model's context is {model.spec.longest_context} tokens."
         )
     if max(map(max, windows.tokens)) >= model.spec.vocab:
         raise ConfigError(f"{folder}: tokenizer.json has tokens beyond the model's {model.spec.vocab}.")

@@ -34,9 +34,9 @@ class Family:
     mlp_bias: bool | None = False
     """Whether the MLP's linears have one; None: as `mlp_bias` says."""
     window_switch: str = ""
-    """Field of config.json that turns `sliding_window` on; empty: it is on wherever it is given."""
-    windows: bool = False
-    """Whether `sliding_window` is read at all."""
+    """Field of config.json that turns `sliding_window` on; empty: it is on unless it is null."""
+    window: int = 0
+    """Tokens of the sliding window where config.json has no `sliding_window`; 0: that field is not read at all."""
     head_dim: int = 0
     """Size of a head where config.json gives none; 0: hidden size / heads."""
     max_positions: int = 2048
@@ -44,8 +44,8 @@ class Family:
 
 
 LLAMA = Family(name="llama", qkv_bias=None, o_bias=None, mlp_bias=None)
-MISTRAL = Family(name="mistral", windows=True, max_positions=131072)
-QWEN2 = Family(name="qwen2", qkv_bias=True, windows=True, window_switch="use_sliding_window", max_positions=32768)
+MISTRAL = Family(name="mistral", window=4096, max_positions=131072)
+QWEN2 = Family(name="qwen2", qkv_bias=True, window=4096, window_switch="use_sliding_window", max_positions=32768)
 QWEN3 = replace(
     QWEN2,
     name="qwen3",

@@ -39,6 +39,10 @@ class Fields:
         self._values = values
         self._where = where
 
+    def has(self, name: str) -> bool:
+        """Whether it is there, be it null."""
+        return name in self._values
+
     def get(self, name: str) -> Any:
         """The raw value, or None where it is absent or null."""
         return self._values.get(name)

@@ -14,21 +14,25 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 def read_rope(config: Fields, max_positions: int, where: str) -> RopeSpec:
     """The rotary embedding; `max_positions` is the model's limit in tokens, `where` names the file.
 
-    transformers 5 writes `rope_parameters` with everything, transformers 4 `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters` with everything, transformers 4 `rope_theta` and `rope_scaling`. Where
+    both are there, `rope_scaling` was added by hand and goes first, as in transformers 5; only the base, which it
+    seldom holds, is taken from the other then, where transformers 5 falls back to 10,000.
 
     Raises:
-        ConfigError: a kind that is not served, named, or a bad field.
+        ConfigError: a kind that is not served, named, a bad field, or two of them that contradict each other.
     """
-    section = config.section("rope_parameters")
-    name = "rope_parameters" if section is not None else "rope_scaling"
-    if section is None:
-        section = config.section("rope_scaling")
-    values = Fields(section or {}, f"{where}, {name}")
-    theta = values.number("rope_theta", config.number("rope_theta", 10000.0))
-    for fields in (config, values):
+    parameters = Fields(config.section("rope_parameters") or {}, f"{where}, rope_parameters")
+    scaling = config.section("rope_scaling")
+    name = "rope_scaling" if scaling else "rope_parameters"
+    values = Fields(scaling, f"{where}, rope_scaling") if scaling else parameters
+    theta = _theta(config, parameters, values, where)
+    for fields in (config, parameters, values):
         if fields.number("partial_rotary_factor", 1.0) != 1.0:
             raise ConfigError(f"{where}: a partial rotary embedding ('partial_rotary_factor' below 1) is not served.")
-    kind = values.get("rope_type") or values.get("type") or "default"
+    kind = values.get("rope_type") or values.get("type")
+    if kind is None and scaling and config.section("rope_parameters"):
+        raise ConfigError(f"{where}: 'rope_scaling' goes before 'rope_parameters', but names no 'rope_type': name one.")
+    kind = kind or "default"
     if kind not in ROPE_KINDS:
         raise ConfigError(
             f"{where}: the rotary embedding '{kind}' in '{name}' is not served; known are: {', '.join(ROPE_KINDS)}."
@@ -62,6 +66,20 @@ def read_rope(config: Fields, max_positions: int, where: str) -> RopeSpec:
         attention_factor=_yarn_attention_factor(values, factor),
         truncate=values.flag("truncate", True),
     )
+
+
+def _theta(config: Fields, parameters: Fields, values: Fields, where: str) -> float:
+    """Base of the frequencies; `values` are `parameters`, or a `rope_scaling` that goes before them."""
+    if values.get("rope_theta") is not None:
+        return values.number("rope_theta")
+    outer = config.number("rope_theta", 10000.0)
+    inner = parameters.number("rope_theta", outer)
+    if config.get("rope_theta") is not None and inner != outer:
+        raise ConfigError(
+            f"{where}: 'rope_theta' is {outer:g}, but {inner:g} in 'rope_parameters': write the right one into "
+            "'rope_scaling'."
+        )
+    return inner
 
 
 def _yarn_attention_factor(values: Fields, factor: float) -> float:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.linear import LinearShape
 from morph_runtime.kernels.rope import RopeSpec
+from morph_runtime.weights.endtokens import read_end_tokens
 from morph_runtime.weights.families import FAMILIES, Family
 from morph_runtime.weights.jsonfile import Fields, read_json
 from morph_runtime.weights.quantconfig import refuse_quantized, require_awq
@@ -36,7 +36,7 @@ class ModelSpec:
     norm_eps: float
     rope: RopeSpec
     max_positions: int
-    """Tokens of context that the model was made for."""
+    """Tokens of context by the config; more may be asked for, up to `longest_context`."""
     tied_embeddings: bool
     """The output matrix is the embedding."""
     qkv_bias: bool
@@ -45,7 +45,7 @@ class ModelSpec:
     windows: tuple[int, ...]
     """Tokens that each layer's queries see, their own included; 0: all of them."""
     eos_ids: tuple[int, ...]
-    """Tokens that end a sequence; generation_config.json goes before config.json. May be empty."""
+    """Tokens that end a sequence (weights.endtokens). May be empty."""
     dtype: torch.dtype
     """Type that the checkpoint was saved in, as config.json says."""
 
@@ -61,13 +61,23 @@ class ModelSpec:
         )
 
     @property
+    def longest_context(self) -> int:
+        """Tokens of context that the rotary embedding is made for, at least `max_positions`.
+
+        Some configs with a scaled embedding hold the length before scaling in `max_position_embeddings`, some that
+        after it. So this is what may be asked for, and not what is served unasked.
+        """
+        scaled = {"linear": self.max_positions, "yarn": self.rope.original_max_positions}.get(self.rope.kind, 0)
+        return max(self.max_positions, int(min(scaled * self.rope.factor, 2**31)))
+
+    @property
     def equal_v_and_o(self) -> bool:
         """Whether v_proj and o_proj have equal shapes (multi-head attention): AWQ rescales V between them then."""
         return self.kv_heads == self.heads and self.heads * self.head_dim == self.hidden
 
     @staticmethod
     def from_folder(folder: Path | str, awq: bool = False) -> ModelSpec:
-        """Read config.json and generation_config.json of a Hugging Face checkpoint.
+        """Read config.json of a Hugging Face checkpoint, and from the files beside it what ends a sequence.
 
         Args:
             folder: of the checkpoint.
@@ -117,7 +127,7 @@ class ModelSpec:
             o_bias=attention_bias if family.o_bias is None else family.o_bias,
             mlp_bias=config.flag("mlp_bias", False) if family.mlp_bias is None else family.mlp_bias,
             windows=read_windows(config, family, layers, str(path)),
-            eos_ids=_eos_ids(config, path, vocab),
+            eos_ids=read_end_tokens(config, path.parent, vocab),
             dtype=_dtype(config, path),
         )
 
@@ -138,19 +148,3 @@ def _dtype(config: Fields, path: Path) -> torch.dtype:
     if not isinstance(name, str) or name not in known:
         raise ConfigError(f"{path}: 'dtype' must be one of {', '.join(known)}, but is {name!r}.")
     return known[name]
-
-
-def _eos_ids(config: Fields, path: Path, vocab: int) -> tuple[int, ...]:
-    value: Any = config.get("eos_token_id")
-    generation = path.with_name("generation_config.json")
-    if generation.is_file():
-        own = read_json(generation).get("eos_token_id")
-        if own is not None:
-            value, path = own, generation
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token in ids:
-        if type(token) is not int or not 0 <= token < vocab:
-            raise ConfigError(
-                f"{path}: 'eos_token_id' must hold token numbers from 0 to {vocab - 1}, but holds {token!r}."
-            )
-    return tuple(ids)

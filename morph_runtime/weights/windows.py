@@ -13,16 +13,16 @@ def read_windows(config: Fields, family: Family, layers: int, where: str) -> tup
     """Tokens that each layer's queries see, their own included, by layer; 0 for all of them.
 
     Mistral gives `sliding_window` for all layers; Qwen gives a switch, and either `layer_types` or the number of
-    layers that keep full attention.
+    layers that keep full attention. Null is no window; without the field it is the family's own, as in transformers.
 
     Raises:
         ConfigError: a bad field, named; `where` names the file.
     """
-    if not family.windows or config.get("sliding_window") is None:
+    if not family.window or (config.has("sliding_window") and config.get("sliding_window") is None):
         return (0,) * layers
     if family.window_switch and not config.flag(family.window_switch, False):
         return (0,) * layers
-    window = config.whole("sliding_window")
+    window = config.whole("sliding_window", family.window)
     if not family.window_switch:
         return (window,) * layers
     kinds = config.get("layer_types")

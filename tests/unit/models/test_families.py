@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
@@ -25,8 +26,9 @@ from engine.conftest import engines, run_all, submit
 from models.reference import drive, expect_same, put_weights
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.rung import Rung
+from morph_runtime.weights.spec import ModelSpec
 from weights.awq_packer import make_awq
-from weights.tiny_checkpoint import DEFAULTS, make_model, open_parts
+from weights.tiny_checkpoint import DEFAULTS, make_llama, make_model, open_parts
 
 if TYPE_CHECKING:
     from engine.conftest import EngineFactory
@@ -104,6 +106,45 @@ def test_the_engine_says_what_transformers_says(family: Any, tmp_path: Path, eng
     engine.set_level(0)
     submit(engine, 99, prompts[0], 20)
     assert run_all(engine)[99] == tokens[0]
+
+
+@pytest.mark.parametrize("kind,config,switch", [
+    (MistralForCausalLM, MistralConfig, {}),
+    (Qwen2ForCausalLM, Qwen2Config, {"use_sliding_window": True, "max_window_layers": 1}),
+    (Qwen3ForCausalLM, Qwen3Config, {"use_sliding_window": True, "max_window_layers": 1}),
+])  # fmt: skip
+def test_a_window_that_is_not_written_is_the_familys_and_null_is_none(
+    tmp_path: Path, kind: Any, config: Any, switch: dict[str, Any]
+) -> None:
+    make_model(tmp_path, kind, config(**{**DEFAULTS, **switch}))
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    values = {name: value for name, value in values.items() if name not in ("layer_types", "sliding_window")}
+    for written in ({}, {"sliding_window": None}):
+        path.write_text(json.dumps({**values, **written}))
+        window = AutoConfig.from_pretrained(tmp_path).sliding_window or 0
+        assert window == (0 if written else 4096)
+        assert ModelSpec.from_folder(tmp_path).windows == (0 if switch else window, window)
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+], ids=["yarn", "linear"])  # fmt: skip
+def test_a_context_beyond_the_configs_equals_transformers(
+    tmp_path: Path, rope: dict[str, Any], engines: EngineFactory
+) -> None:
+    model = make_llama(tmp_path, rope_parameters=rope, max_position_embeddings=16)
+    prompt = [random.Random(2).randrange(1, 193) for _ in range(40)]
+    engine = engines(tmp_path, model={"max_model_len": 64})
+    submit(engine, 1, prompt, 24)
+    tokens = run_all(engine)[1]
+    with torch.inference_mode():
+        scores = model(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
+    assert len(tokens) == 24 and tokens == scores.argmax(-1).tolist()
+    with pytest.raises(ConfigError, match=r"model\.max_model_len is 65, but the model's context is 64 tokens"):
+        engines(tmp_path, model={"max_model_len": 65})
+    assert engines(tmp_path).parts.max_model_len == 16
 
 
 @pytest.mark.parametrize("field,value,message", [

@@ -82,6 +82,37 @@ def test_old_checkpoints_without_rope_fields(tmp_path: Path) -> None:
     assert (spec.rope.kind, spec.rope.theta) == ("default", 10000.0)
 
 
+def test_rope_scaling_goes_before_rope_parameters(tmp_path: Path) -> None:
+    """transformers 5 writes the latter always; users add the former as the cards of models say."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    plain = {"rope_type": "default", "rope_theta": 1e6}
+    written = {"rope_theta": "absent", "rope_scaling": scaling, "rope_parameters": plain}
+    rope = ModelSpec.from_folder(write(tmp_path, **written)).rope
+    assert (rope.kind, rope.theta, rope.factor, rope.original_max_positions) == ("yarn", 1e6, 4.0, 32768)
+    own = {**written, "rope_scaling": {**scaling, "rope_theta": 5e6}, "rope_theta": 1e4}
+    assert ModelSpec.from_folder(write(tmp_path, **own)).rope.theta == 5e6
+    assert ModelSpec.from_folder(write(tmp_path, **{**written, "rope_theta": None})).rope == rope
+    for nothing in (None, {}):
+        assert ModelSpec.from_folder(write(tmp_path, **{**written, "rope_scaling": nothing})).rope.kind == "default"
+
+
+@pytest.mark.parametrize("positions,rope,longest", [
+    (32768, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    (131072, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+    (40960, {"rope_type": "yarn", "factor": 4.0}, 163840),
+    (32768, {"rope_type": "yarn", "factor": 0.5}, 32768),
+    (4096, {"rope_type": "linear", "factor": 2.5}, 10240),
+    (4096, {"rope_type": "linear", "factor": 0.5}, 4096),
+    (4096, {"rope_type": "linear", "factor": 1e308}, 2**31),
+    (4096, {"rope_type": "dynamic", "factor": 4.0}, 4096),
+    (131072, V4["rope_scaling"], 131072),
+    (4096, None, 4096),
+])  # fmt: skip
+def test_the_longest_context_follows_the_rope_scaling(tmp_path: Path, positions: int, rope: Any, longest: int) -> None:
+    spec = ModelSpec.from_folder(write(tmp_path, max_position_embeddings=positions, rope_scaling=rope))
+    assert (spec.max_positions, spec.longest_context) == (positions, longest)
+
+
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"architectures": ["GPT2LMHeadModel"]}, r"'GPT2LMHeadModel' is not served; served are: LlamaForCausalLM"),
@@ -107,11 +138,24 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"rotary embedding 'longrope' in 'rope_scaling' is not",
     ),
     ({"rope_scaling": [1]}, r"'rope_scaling' must be an object"),
-    ({"rope_parameters": {"rope_type": "linear"}}, r"rope_parameters: 'factor' must be a number above 0, but is None"),
-    ({"rope_parameters": {**YARN, "truncate": "no"}}, r"'truncate' must be true or false"),
+    (
+        {"rope_scaling": {}, "rope_parameters": {"rope_type": "linear"}},
+        r"rope_parameters: 'factor' must be a number above 0, but is None",
+    ),
+    ({"rope_scaling": None, "rope_parameters": {**YARN, "truncate": "no"}}, r"'truncate' must be true or false"),
     ({"rope_scaling": {**V4["rope_scaling"], "high_freq_factor": 1.0}}, r"'high_freq_factor' \(1\) must be above"),  # type: ignore[dict-item]
     ({"partial_rotary_factor": 0.5}, r"partial rotary embedding"),
     ({"eos_token_id": 200000}, r"'eos_token_id' must hold token numbers from 0 to 128255, but holds 200000"),
+    ({"eos_token_id": [True]}, r"'eos_token_id' must hold token numbers from 0 to 128255, but holds True"),
+    (
+        {"rope_scaling": {"factor": 4.0}, "rope_theta": "absent", "rope_parameters": YARN},
+        r"'rope_scaling' goes before 'rope_parameters', but names no 'rope_type': name one\.",
+    ),
+    (
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}},
+        r"'rope_theta' is 5, but 6 in 'rope_parameters': write the right one into 'rope_scaling'\.",
+    ),
+    ({"rope_parameters": [1]}, r"'rope_parameters' must be an object"),
     ({"torch_dtype": "float8_e4m3fn"}, r"'dtype' must be one of bfloat16, float16, float32, but is 'float8_e4m3fn'"),
 ]
 
