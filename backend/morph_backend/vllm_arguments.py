@@ -112,11 +112,12 @@ def translate(values: Any, gpu_bytes: Callable[[], int], device: str = "") -> Tr
         elif key not in HARMLESS:
             known = ", ".join(sorted({*SAME, *ONLY, *HARMLESS, "disable_log_stats", "gpu_memory_utilization"}))
             raise ConfigError(f"'{key}' is an engine argument that MorphServe does not know; it knows: {known}.")
-    if not device and "device" not in tree and gpu_bytes():
+    device = device or tree.get("device", "")
+    total = 0 if device == "cpu" else gpu_bytes()
+    if not device and total:
         tree["device"] = "cuda"
     if share is not None:
-        device = device or tree.get("device", EngineConfig().device)
-        _budget(tree, share, 0 if device == "cpu" else gpu_bytes())
+        _budget(tree, share, total)
     return Translated(tree, log_stats)
 
 

@@ -85,7 +85,7 @@ class KeptRequests:
     @property
     def on_trial(self) -> bool:
         """Whether a suspect is alone in the engine: if that ends by its own fault now, the suspect is to blame."""
-        inside = [kept for kept in self._by_key.values() if kept.place is not Place.OUTSIDE]
+        inside = self._inside()
         return len(inside) == 1 and inside[0].suspect
 
     def add(self, submit: Submit) -> None:
@@ -151,7 +151,7 @@ class KeptRequests:
         convicting = own_fault and self.on_trial
         self._trying = self._trying or own_fault
         ended = []
-        for kept in [kept for kept in self._by_key.values() if kept.place is not Place.OUTSIDE]:
+        for kept in self._inside():
             if kept.dropped:
                 ended.append(self._drop(kept, "cancelled"))
             elif convicting:
@@ -165,6 +165,9 @@ class KeptRequests:
     def clear(self) -> None:
         """Forget everything."""
         self._by_key.clear()
+
+    def _inside(self) -> list[Kept]:
+        return [kept for kept in self._by_key.values() if kept.place is not Place.OUTSIDE]
 
     def _enter(self, kept: Kept) -> None:
         kept.place = Place.INSIDE

@@ -15,7 +15,7 @@ import numpy as np
 
 from morph_runtime.morph.backlog import backlog_of
 from morph_runtime.morph.costs import StepCosts
-from morph_runtime.morph.load import Bools, Floats, Ints, Load
+from morph_runtime.morph.load import Bools, Floats, Ints, Load, suffix_sums
 from morph_runtime.slo import SloClass
 
 INTERVALS, FIRST_S, GROWTH = 10, 0.05, 1.8
@@ -118,10 +118,10 @@ class _Run:
         running = load.running
         order = np.argsort(running.output)
         self._ends: Floats = running.output[order]
-        self._left = _suffix_sums(np.ones(len(running)))
-        self._left_blocks = _suffix_sums(running.blocks[order])
-        self._left_context = _suffix_sums((running.context + running.uncomputed)[order])
-        self._shared = max(0.0, load.used - float(running.blocks.sum()))
+        self._left = suffix_sums(np.ones(len(running)))
+        self._left_blocks = suffix_sums(running.blocks[order])
+        self._left_context = suffix_sums((running.context + running.uncomputed)[order])
+        self._shared = load.shared
         zeros = np.zeros(count)
         self._steps, self._place, self._tokens, self._blocks = zeros, zeros, zeros, zeros
         self._decodes = np.full(count, float(len(running)))
@@ -322,10 +322,3 @@ class _Run:
         beyond = np.maximum(place - places[-1], 0.0) / np.maximum(pace, 1e-3)
         result: Floats = inside + beyond
         return result
-
-
-def _suffix_sums(values: Floats | Ints) -> Floats:
-    """Entry i is the sum of the values from i on; one entry more than there are values."""
-    result = np.zeros(len(values) + 1)
-    result[:-1] = np.cumsum(values[::-1])[::-1]
-    return result

@@ -27,6 +27,13 @@ def _bools() -> Bools:
     return np.zeros(0, dtype=np.bool_)
 
 
+def suffix_sums(values: Floats | Ints) -> Floats:
+    """Entry i is the sum of the values from i on; one entry more than there are values."""
+    result = np.zeros(len(values) + 1)
+    result[:-1] = np.cumsum(values[::-1])[::-1]
+    return result
+
+
 @dataclass(frozen=True)
 class Running:
     """The requests that hold KV blocks, R of them.
@@ -169,6 +176,11 @@ class Load:
         return len(self.waiting) + self.pending
 
     @property
+    def shared(self) -> float:
+        """Live blocks that no end of one running request frees."""
+        return max(0.0, self.used - float(self.running.blocks.sum()))
+
+    @property
     def growth(self) -> float:
         """Blocks that the running requests are expected to take yet."""
         running = self.running
@@ -188,8 +200,8 @@ class Load:
             return float(self.used)
         order = np.argsort(left)
         ends, alive = left[order], len(left) - np.arange(len(left))
-        live = np.cumsum(held[order][::-1])[::-1] + alive * ends / self.block_tokens
-        return max(0.0, self.used - float(running.blocks.sum())) + max(float(held.sum()), float(live.max()))
+        live = suffix_sums(held[order])[:-1] + alive * ends / self.block_tokens
+        return self.shared + max(float(held.sum()), float(live.max()))
 
     @property
     def waiting_blocks(self) -> float:

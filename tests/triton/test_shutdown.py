@@ -14,7 +14,7 @@ import pytest
 
 from morph_backend.launcher.run_folder import sweep_stale
 from triton_server import TritonServer, fake_repository
-from wire_client import GrpcStream, post, text_of, until
+from wire_client import GrpcStream, grpc_status, post, text_of, until
 
 pytestmark = pytest.mark.triton
 
@@ -80,6 +80,17 @@ def test_requests_are_refused_while_draining(fresh: TritonServer) -> None:
         assert status >= 400 and body == {"error": "The server is shutting down."}
     assert not stream.rest()[-1].error
     assert fresh.process.wait(100) == 0
+
+
+def test_each_refusal_has_its_grpc_status(fresh: TritonServer) -> None:
+    """Last of all on a server of its own: Triton 2.51 may crash once it has given one."""
+    assert grpc_status(fresh, "")[0] == "INVALID_ARGUMENT"
+    with fresh.hold():
+        GrpcStream(fresh).ask("hello world", {"max_tokens": 20}).next()
+        fresh.process.send_signal(signal.SIGTERM)
+        until(lambda: post(fresh, {"text_input": "abc", "max_tokens": 1})[0] != 200, what="a refusal")
+        code, words = grpc_status(fresh, "abc")
+        assert code == "UNAVAILABLE" and "The server is shutting down." in words
 
 
 def test_an_idle_grpc_stream_does_not_keep_the_server_alive(fresh: TritonServer) -> None:

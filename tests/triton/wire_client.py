@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import grpc
 import numpy as np
 import tritonclient.grpc as grpcclient
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from triton_server import TritonServer
@@ -139,6 +141,24 @@ class GrpcStream:
     def close(self) -> None:
         self.client.stop_stream()
         self.client.close()
+
+
+def grpc_status(server: TritonServer, text: str) -> tuple[str, str]:
+    """The gRPC status of a refused request, and its words.
+
+    `triton_grpc_error` makes Triton use real ones, and 2.51 crash after some of them: not for a server that is needed.
+    """
+    request = service_pb2.ModelInferRequest(model_name="morph")
+    request.inputs.add(name="text_input", datatype="BYTES", shape=[1])
+    request.raw_input_contents.append(len(text.encode()).to_bytes(4, "little") + text.encode())
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc}") as channel:
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        call = stub.ModelStreamInfer(iter([request]), metadata=(("triton_grpc_error", "true"),))
+        try:
+            list(call)
+        except grpc.RpcError:
+            return call.code().name, call.details()
+    return "OK", ""
 
 
 def tensor(name: str, values: list[Any]) -> Any:

@@ -257,13 +257,19 @@ def test_an_idle_stream_is_closed_so_that_the_model_can_unload(
     assert queue.opened == 2
 
 
-def test_a_stream_with_a_nudge_in_the_queue_is_not_idle(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> None:
+def with_an_open_nudge(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> QueueNudger:
+    """A nudger that has sent one, to which there is no answer yet; its stream is soon idle."""
     queue.answers = False
     nudger = nudgers(queue, idle_s=0.01, answer_s=60.0)
     nudger.entered()
     nudger.left()
     queue.wait(lambda: queue.sent == 1)
     queue.backlog = 0
+    return nudger
+
+
+def test_a_stream_with_a_nudge_in_the_queue_is_not_idle(queue: FakeQueue, nudgers: Callable[..., QueueNudger]) -> None:
+    nudger = with_an_open_nudge(queue, nudgers)
     nudger.entered()
     nudger.left()  # nothing is queued but the nudge, which Triton has not answered yet
     queue.wait(lambda: queue.looks == 2)
@@ -276,12 +282,7 @@ def test_a_stream_with_a_nudge_in_the_queue_is_not_idle(queue: FakeQueue, nudger
 def test_a_stream_is_not_idle_while_a_request_is_held_in_execute(
     queue: FakeQueue, nudgers: Callable[..., QueueNudger]
 ) -> None:
-    queue.answers = False
-    nudger = nudgers(queue, idle_s=0.01, answer_s=60.0)
-    nudger.entered()
-    nudger.left()
-    queue.wait(lambda: queue.sent == 1)
-    queue.backlog = 0
+    nudger = with_an_open_nudge(queue, nudgers)
     nudger.entered()
     queue.answer()
     threading.Event().wait(0.2)
