@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from morph_backend.open_request import OpenRequest, Output
-from morph_backend.recorder import MetricsRecorder
-from morph_backend.rungs import RUNGS, RungShares
+from morph_backend.recorder import MetricsRecorder, counter_key
+from morph_backend.rungs import RUNGS
 
 OUTCOMES = ("stop", "length", "cancelled", "rejected", "error")
 
@@ -12,13 +14,16 @@ OUTCOMES = ("stop", "length", "cancelled", "rejected", "error")
 class RequestAccounting:
     """Writes request and token metrics into the recorder. Safe to use from several threads."""
 
-    def __init__(self, recorder: MetricsRecorder, shares: RungShares) -> None:
+    def __init__(self, recorder: MetricsRecorder) -> None:
         self._recorder = recorder
-        self._shares = shares
         for outcome in OUTCOMES:
             recorder.declare("morph_requests_total", outcome=outcome)
         for rung in RUNGS:
             recorder.declare("morph_tokens_total", rung=rung)
+        self._generated = [
+            counter_key("vllm:generation_tokens_total"),
+            *(counter_key("morph_tokens_total", rung=rung) for rung in RUNGS),
+        ]
         for counter in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total"):
             recorder.declare(counter)
 
@@ -46,13 +51,9 @@ class RequestAccounting:
         turn of it for every stream costs a step several times its own work (`bench/serving/backend_cost.py`)."""
         self._recorder.observe("vllm:time_per_output_token_seconds", *seconds)
 
-    def generated(self, levels: list[int]) -> None:
-        """Output tokens at `levels` count."""
-        self._recorder.count("vllm:generation_tokens_total", len(levels))
-        by_rung = [0.0, 0.0, 0.0]
-        self._shares.add(by_rung, levels)
-        for rung, tokens in zip(RUNGS, by_rung, strict=True):
-            self._recorder.count("morph_tokens_total", tokens, rung=rung)
+    def generated(self, count: int, by_rung: Sequence[float]) -> None:
+        """`count` output tokens count; `by_rung`: the same in the order of `RUNGS`."""
+        self._recorder.count_all(zip(self._generated, (count, *by_rung), strict=True))
 
     def ended(self, request: OpenRequest, outcome: str, now: float) -> None:
         """The request's FINAL is out."""

@@ -19,7 +19,10 @@ from morph_runtime.errors import RequestError
 from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters, stop_strings, within_context
 from morph_runtime.text.tokenizer import decode_utf8
 
-RESERVED_PARAMETERS = CONTROL_PARAMETERS | {"id", "priority", "timeout", "headers", "slo_class", "binary_data_output"}
+LEAN = "lean_chunks"
+RESERVED_PARAMETERS = CONTROL_PARAMETERS | {
+    "id", "priority", "timeout", "headers", "slo_class", "binary_data_output", LEAN,
+}  # fmt: skip
 RESERVED_PREFIXES = ("sequence_", "triton_")
 MAX_SLO_CLASS_CHARS = 64
 STREAM_ECHO_ERROR = "Error generating stream: When streaming, `exclude_input_in_output` = False is not allowed."
@@ -27,7 +30,11 @@ STREAM_ECHO_ERROR = "Error generating stream: When streaming, `exclude_input_in_
 
 @dataclass(frozen=True)
 class Wants:
-    """Which outputs besides the text were asked for."""
+    """Which outputs besides the text were asked for.
+
+    Attributes:
+        lean_chunks: `finish_reason`, `num_input_tokens` and `num_cached_tokens` come only when an output has ended.
+    """
 
     finish_reason: bool = False
     cumulative_logprob: bool = False
@@ -40,6 +47,7 @@ class Wants:
     prompt_logprobs: bool = False
     recomputed_at: bool = False
     level_history: bool = False
+    lean_chunks: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,10 @@ class GenerateRequest:
     def within_context(self, prompt_tokens: int, max_model_len: int) -> GenerateRequest:
         """The same request with a number of tokens to generate, where it asks for as many as there is room for."""
         return replace(self, sampling=within_context(self.sampling, prompt_tokens, max_model_len))
+
+
+RETURNS = tuple(name for name in Wants.__dataclass_fields__ if name != "lean_chunks")
+"""Outputs that an input `return_...` asks for."""
 
 
 class InputError(RequestError):
@@ -89,7 +101,8 @@ def read_request(request: Any, limits: ParameterLimits) -> GenerateRequest:
         raise InputError("exclude_input_in_output", STREAM_ECHO_ERROR)
     _refuse_unsupported(arrays)
     sampling = _sampling(arrays, parameters, limits)
-    wants = Wants(**{name: _flag(arrays, f"return_{name}", False) for name in Wants.__dataclass_fields__})
+    asked = {name: _flag(arrays, f"return_{name}", False) for name in RETURNS}
+    wants = Wants(**asked, lean_chunks=_lean_chunks(parameters))
     if wants.cumulative_logprob:
         sampling = msgspec.structs.replace(sampling, score=True)
     if wants.level_history:
@@ -163,6 +176,13 @@ def _slo_class(parameters: Mapping[str, Any]) -> str:
     value = parameters.get("slo_class", "")
     if not isinstance(value, str) or len(value) > MAX_SLO_CLASS_CHARS or not (value.isascii() and value.isprintable()):
         raise RequestError("slo_class", f"must be a name of at most {MAX_SLO_CLASS_CHARS} printable ASCII characters.")
+    return value
+
+
+def _lean_chunks(parameters: Mapping[str, Any]) -> bool:
+    value = parameters.get(LEAN, False)
+    if not isinstance(value, bool):
+        raise RequestError(LEAN, "must be true or false.")
     return value
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -15,8 +15,7 @@ from morph_backend.rungs import RUNGS
 from morph_runtime.engine.messages import TokenLogprobs
 
 
-@dataclass(frozen=True)
-class OutputNews:
+class OutputNews(msgspec.Struct, frozen=True):
     """What one response says of one output.
 
     Attributes:
@@ -38,8 +37,7 @@ class OutputNews:
     history: Sequence[tuple[int, int, int]] = ()
 
 
-@dataclass(frozen=True)
-class ResponseContent:
+class ResponseContent(msgspec.Struct, frozen=True):
     """What one response says.
 
     Attributes:
@@ -60,19 +58,20 @@ class ResponseContent:
 def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[int], str]) -> list[Any]:
     """The tensors of a response: the text and what was asked for. `spelling` gives one token's text."""
     outputs = content.outputs
+    whole = not wants.lean_chunks or any(o.finish_reason for o in outputs)
     tensors = [_strings("text_output", [o.text for o in outputs])]
-    if wants.finish_reason:
+    if wants.finish_reason and whole:
         tensors.append(_strings("finish_reason", [str(o.finish_reason) for o in outputs]))
     if wants.cumulative_logprob:
         tensors.append(_numbers("cumulative_logprob", [o.cumulative_logprob for o in outputs], np.float32))
     if wants.logprobs:
         scores = [json.dumps(logprob_dicts(o.logprobs, spelling)) for o in outputs]
         tensors.append(_strings("logprobs", scores))
-    if wants.num_input_tokens:
+    if wants.num_input_tokens and whole:
         tensors.append(_numbers("num_input_tokens", content.num_input_tokens, np.uint32))
     if wants.num_output_tokens:
         tensors.append(_numbers("num_output_tokens", [len(o.levels) for o in outputs], np.uint32))
-    if wants.num_cached_tokens:
+    if wants.num_cached_tokens and whole:
         tensors.append(_numbers("num_cached_tokens", [content.num_cached_tokens], np.uint32))
     if wants.prompt_logprobs:
         told = logprob_dicts(content.prompt_logprobs, spelling)

@@ -6,17 +6,20 @@ Metric calls from several threads crash Triton, so no other thread may make them
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 Labels = tuple[tuple[str, str], ...]
+CounterKey = tuple[str, Labels]
+"""A metric's name and its labels."""
 
 
 @dataclass
 class Changes:
     """What has changed since the last take; keys are a metric's name and its labels."""
 
-    counts: dict[tuple[str, Labels], float] = field(default_factory=dict)
-    gauges: dict[tuple[str, Labels], float] = field(default_factory=dict)
+    counts: dict[CounterKey, float] = field(default_factory=dict)
+    gauges: dict[CounterKey, float] = field(default_factory=dict)
     observations: dict[str, list[float]] = field(default_factory=dict)
 
 
@@ -27,14 +30,20 @@ class MetricsRecorder:
         self._enabled = enabled
         self._lock = threading.Lock()
         self._changes = Changes()
-        self._totals: dict[tuple[str, Labels], float] = {}
+        self._totals: dict[CounterKey, float] = {}
 
     def count(self, name: str, value: float = 1.0, **labels: str) -> None:
         """Add to a counter."""
-        if self._enabled and value > 0:
-            key = (name, _labels(labels))
+        self.count_all([((name, _labels(labels)), value)])
+
+    def count_all(self, values: Iterable[tuple[CounterKey, float]]) -> None:
+        """Add to several counters in one turn of the lock."""
+        if self._enabled:
             with self._lock:
-                self._changes.counts[key] = self._changes.counts.get(key, 0.0) + value
+                counts = self._changes.counts
+                for key, value in values:
+                    if value > 0:
+                        counts[key] = counts.get(key, 0.0) + value
 
     def declare(self, name: str, **labels: str) -> None:
         """Make a counter appear with 0 before it first counts."""
@@ -75,6 +84,11 @@ class MetricsRecorder:
         with self._lock:
             taken, self._changes = self._changes, Changes()
             return taken
+
+
+def counter_key(name: str, **labels: str) -> CounterKey:
+    """A counter for `MetricsRecorder.count_all`."""
+    return name, _labels(labels)
 
 
 def _labels(labels: dict[str, str]) -> Labels:

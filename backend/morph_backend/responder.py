@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from morph_backend.channel import Status
@@ -31,10 +31,11 @@ class Responder:
         self,
         book: RequestBook,
         shares: RungShares,
-        counted: Callable[[list[int]], None],
+        counted: Callable[[int, Sequence[float]], None],
         spelling: Callable[[int], str],
     ) -> None:
-        """`counted` is told the levels of each group of tokens that counts as output; `spelling` is a token's text."""
+        """`counted` is told of each group of tokens that counts as output: how many, and by rung; `spelling` is a
+        token's text."""
         self._book = book
         self._shares = shares
         self._counted = counted
@@ -97,10 +98,11 @@ class Responder:
         output.unsent_logprobs.extend(scores)
         output.unsent_history.extend(new.history)
         output.cumulative_logprob += sum(at.values[0] for at in scores)
-        self._shares.add(output.rung_tokens, levels)
+        by_rung = self._shares.total(levels)
+        output.rung_tokens = [sum(pair) for pair in zip(output.rung_tokens, by_rung, strict=True)]
         output.unsent_levels.extend(levels)
         if levels:
-            self._counted(levels)
+            self._counted(len(levels), by_rung)
         output.unsent_text.append(delta.text)
         output.finish_reason = delta.finish_reason
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 RUNGS = ("full", "w8", "w4")
 RUNG_OF_BITS = {16: "full", 8: "w8", 4: "w4"}
@@ -23,11 +23,16 @@ class RungShares:
         """Shares in the order of `RUNGS`; a level out of range counts as the nearest."""
         return self._by_level[min(max(level, 0), len(self._by_level) - 1)]
 
-    def add(self, total: list[float], levels: Iterable[int]) -> None:
-        """Add the shares of tokens at `levels` to `total` (in tokens, by `RUNGS`)."""
-        for level in levels:
-            for place, share in enumerate(self.of(level)):
-                total[place] += share
+    def total(self, levels: Sequence[int]) -> tuple[float, float, float]:
+        """The shares of tokens at `levels`, added up: tokens by `RUNGS`."""
+        if not levels:
+            return 0.0, 0.0, 0.0
+        count, first = len(levels), levels[0]
+        if levels.count(first) == count:  # nearly always
+            full, w8, w4 = self.of(first)
+            return count * full, count * w8, count * w4
+        each = [self.of(level) for level in levels]
+        return sum(one[0] for one in each), sum(one[1] for one in each), sum(one[2] for one in each)
 
 
 def _shares(level: int, num_layers: int, rungs: Sequence[str]) -> tuple[float, float, float]:

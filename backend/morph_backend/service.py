@@ -98,7 +98,7 @@ class Service:
         self._engine, self._info, self._up = engine, info, True
         self._admission.set_limits(CreditLimits(self._line, info.max_num_batched_tokens, info.max_num_seqs))
         shares = RungShares(info.num_layers, info.ladder)
-        self._accounting = RequestAccounting(self._recorder, shares)
+        self._accounting = RequestAccounting(self._recorder)
         self._responder = Responder(self, shares, self._accounting.generated, self._tokenizer.spelling)
         self._senders = SenderPool(self._sender_threads, self._responder.respond, self._fail_request, self.on_defect)
         self._engine_metrics.start(info)

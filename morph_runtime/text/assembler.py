@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.text.detokenizer import make_detokenizer
@@ -11,8 +12,7 @@ from morph_runtime.text.stops import StopMatcher
 from morph_runtime.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True)
-class TextDelta:
+class TextDelta(msgspec.Struct, frozen=True):
     """New text of one request.
 
     Attributes:
@@ -62,6 +62,9 @@ class OutputAssembler:
 
     def push(self, tokens: Sequence[int]) -> TextDelta:
         """Take the next tokens. After a stop string they count no more."""
+        if not self._matcher.watches and self._silent.isdisjoint(tokens):
+            self._count += len(tokens)
+            return TextDelta(self._detokenizer.push(tokens), len(tokens))
         parts: list[str] = []
         taken = 0
         for token in tokens:
@@ -70,7 +73,7 @@ class OutputAssembler:
             taken += 1
             self._count += 1
             ends = token in self._silent and (self._count >= self._min_tokens or token in self._at_once)
-            text = "" if ends else self._detokenizer.push(token)
+            text = "" if ends else self._detokenizer.push([token])
             parts.append(self._matcher.feed(text, armed=self._count > self._min_tokens))
         return TextDelta("".join(parts), taken, "stop" if self._matcher.stopped else None)
 

@@ -1,4 +1,4 @@
-"""Tokens to text, one token at a time, never half a character.
+"""Tokens to text, as they come, never half a character.
 
 What is returned for a token depends on the tokens before it alone, never on how they arrived in
 groups: streaming and non-streaming requests get the same text.
@@ -7,9 +7,8 @@ groups: streaming and non-streaming requests get the same text.
 from __future__ import annotations
 
 import codecs
-import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from morph_runtime.text.tokenizer import Tokenizer
@@ -26,8 +25,8 @@ _PROMPT_TOKENS, _PROMPT_TOKENS_MAX = 4, 24
 class Detokenizer(Protocol):
     """Turns one request's tokens into text."""
 
-    def push(self, token: int) -> str:
-        """The text that `token` completes; empty while a character is incomplete."""
+    def push(self, tokens: Sequence[int]) -> str:
+        """The text that `tokens` complete; empty while a character is incomplete."""
         ...
 
     def flush(self) -> str:
@@ -51,23 +50,15 @@ class ByteLevelDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
-        self._backend = tokenizer.backend
+        self._bytes_of = tokenizer.bytes_of
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._bytes_of = _byte_alphabet()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token: int) -> str:
+    def push(self, tokens: Sequence[int]) -> str:
         """See `Detokenizer`."""
-        if token in self._skipped:
-            return ""
-        text = self._backend.id_to_token(token)
-        if text is None:
-            return ""
-        try:
-            raw = bytes([self._bytes_of[char] for char in text])
-        except KeyError:  # an added token, spelt as it is
-            raw = text.encode("utf-8")
-        return self._utf8.decode(raw)
+        if not self._skipped.isdisjoint(tokens):
+            tokens = [token for token in tokens if token not in self._skipped]
+        return self._utf8.decode(b"".join(map(self._bytes_of.__getitem__, tokens)))
 
     def flush(self) -> str:
         """See `Detokenizer`."""
@@ -97,8 +88,11 @@ class WindowDetokenizer:
         self._held: list[int] = []
         self._byte_run = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token: int) -> str:
+    def push(self, tokens: Sequence[int]) -> str:
         """See `Detokenizer`."""
+        return "".join([self._push(token) for token in tokens])
+
+    def _push(self, token: int) -> str:
         self._held.append(token)
         text = self._decode(self._context + self._held)
         incomplete = self._is_incomplete(token, text)
@@ -132,11 +126,3 @@ class WindowDetokenizer:
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)
-
-
-@functools.cache
-def _byte_alphabet() -> Mapping[str, int]:
-    """GPT-2's table: the character that stands for each byte in a byte-level vocabulary."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = sorted(set(range(256)).difference(printable))
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}

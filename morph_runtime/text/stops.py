@@ -21,6 +21,11 @@ class StopMatcher:
         self._held = ""
         self.stopped = False
 
+    @property
+    def watches(self) -> bool:
+        """Whether there is anything to look for; if not, all text may be shown as it is."""
+        return bool(self._stops)
+
     def feed(self, text: str, *, armed: bool = True) -> str:
         """Take the next piece of text and return what may be shown.
 

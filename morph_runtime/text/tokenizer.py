@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as HfTokenizer
 
 from morph_runtime.errors import ConfigError, RequestError
+from morph_runtime.text.token_bytes import TokenBytes
 
 
 class Tokenizer:
@@ -19,6 +20,7 @@ class Tokenizer:
         decoder_type: type of its decoder (`ByteLevel`, `Sequence`, ...), empty when there is none.
         max_token_chars: characters of the longest entry of the vocabulary.
         special_ids: tokens that are no text, such as the one that ends a sequence.
+        bytes_of: the bytes of each token, if the vocabulary is a byte-level one.
     """
 
     def __init__(self, backend: HfTokenizer) -> None:
@@ -29,6 +31,7 @@ class Tokenizer:
         self.decoder_type: str = decoder.get("type", "")
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        self.bytes_of = TokenBytes(backend)
         self.max_token_chars = max((len(token) for token in backend.get_vocab(with_added_tokens=True)), default=1)
 
     @staticmethod

@@ -152,9 +152,12 @@ class Fp8Linear(RowsLinear):
         if m <= self._own_max_rows and k % STEP == 0:
             return self.run_fp8_tile(x, w, scratch, pick_fp8(m, n, k))
         if n % 16 == 0 and k % 16 == 0 and has_scaled_mm(codes.device):
+            # Fast accumulation: sums of 8-bit products in the tensor cores' own registers, as vLLM's kernels do. At K =
+            # 14,336 it adds 0.3 % of error to the 3.8 % of quantizing, and takes 10 % less time (bench/gpu_kernels).
             return torch._scaled_mm(
-                x.values, codes.t(), scale_a=x.scales, scale_b=w["scales"][None, :], out_dtype=self.dtype
-            )
+                x.values, codes.t(), scale_a=x.scales, scale_b=w["scales"][None, :], out_dtype=self.dtype,
+                use_fast_accum=True,
+            )  # fmt: skip
         if k % STEP == 0:
             return self.run_fp8_tile(x, w, scratch, pick_fp8(m, n, k))
         return self.run((x.values.float() * x.scales).to(self.dtype), w, scratch)

@@ -31,9 +31,9 @@ def test_shares_by_level() -> None:
     assert shares.of(5) == (0.0, 0.75, 0.25)
     assert shares.of(8) == shares.of(99) == (0.0, 0.0, 1.0)
     assert RungShares(2, ["w4"]).of(1) == (0.5, 0.0, 0.5)
-    total = [0.0, 0.0, 0.0]
-    shares.add(total, [0, 8, 4])
-    assert total == [1.0, 1.0, 1.0]
+    assert shares.total([]) == (0.0, 0.0, 0.0)
+    assert shares.total([0, 8, 4]) == (1.0, 1.0, 1.0)
+    assert shares.total([1, 1, 1, 1]) == (3.0, 1.0, 0.0)
 
 
 def test_the_recorder_gathers() -> None:

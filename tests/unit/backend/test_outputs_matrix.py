@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fake_engine import CACHED_TOKENS, EOS_ID, FakeEngine
-from morph_backend.inputs import Wants, read_request
+from morph_backend.inputs import LEAN, RETURNS, read_request
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.service import Service
 from morph_runtime.config import EngineConfig
@@ -116,4 +116,16 @@ def test_prompt_log_probabilities_are_null_unless_the_parameter_is_set(ask: Any)
 
 
 def test_this_matrix_has_every_optional_output() -> None:
-    assert set(OPTIONAL) == set(Wants.__dataclass_fields__)
+    assert set(OPTIONAL) == set(RETURNS)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_lean_chunks_bring_what_does_not_change_with_an_end_alone(ask: Any, n: int) -> None:
+    flags = dict.fromkeys((f"return_{name}" for name in OPTIONAL), True)
+    constant = {"finish_reason", "num_input_tokens", "num_cached_tokens"}
+    responses = ask({"n": n}, stream=True, parameters=json.dumps({LEAN: True}), **flags)
+    assert len(responses) > 1 and set(responses[-1]) == {"text_output", *OPTIONAL}
+    assert set(responses[0]) == {"text_output", *OPTIONAL} - constant
+    for outputs in responses[1:-1]:
+        assert constant.isdisjoint(outputs) or any(outputs["finish_reason"] != b"None")
+    assert sum(int(sum(outputs["num_output_tokens"])) for outputs in responses) == n * TOKENS

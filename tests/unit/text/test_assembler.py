@@ -100,22 +100,22 @@ def test_the_window_detokenizer_does_not_depend_on_the_grouping(
 def test_a_skipped_token_does_not_cost_the_space_behind_it(sentencepiece: Tokenizer) -> None:
     ids = [sentencepiece.backend.token_to_id(t) for t in ("▁hello", "</s>", "</s>", "▁world")]
     detokenizer = make_detokenizer(sentencepiece)
-    assert [detokenizer.push(i) for i in ids] == ["hello", "", "", " world"]
+    assert [detokenizer.push([i]) for i in ids] == ["hello", "", "", " world"]
 
 
 def test_many_skipped_tokens_are_not_kept(sentencepiece: Tokenizer) -> None:
     detokenizer = make_detokenizer(sentencepiece)
     hello, end = (sentencepiece.backend.token_to_id(t) for t in ("▁hello", "</s>"))
-    assert detokenizer.push(hello) == "hello"
-    assert [detokenizer.push(end) for _ in range(100)] == [""] * 100
+    assert detokenizer.push([hello]) == "hello"
+    assert [detokenizer.push([end]) for _ in range(100)] == [""] * 100
     assert len(detokenizer._held) < 10  # type: ignore[attr-defined]
-    assert detokenizer.push(hello) == " hello"
+    assert detokenizer.push([hello]) == " hello"
 
 
 def test_an_endless_run_of_bad_bytes_is_not_held_for_ever(sentencepiece: Tokenizer) -> None:
     detokenizer = make_detokenizer(sentencepiece)
     bad = sentencepiece.backend.token_to_id("<0xFF>")
-    texts = [detokenizer.push(bad) for _ in range(40)]
+    texts = [detokenizer.push([bad]) for _ in range(40)]
     assert "\ufffd" in "".join(texts)
 
 
