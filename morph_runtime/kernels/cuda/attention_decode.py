@@ -25,6 +25,7 @@ from morph_runtime.kernels.cuda.jit import (
     power_of_two,
 )
 from morph_runtime.kernels.cuda.layout import check_cache
+from morph_runtime.kernels.cuda.paging import for_cache
 
 LOG2_E = math.log2(math.e)
 MAX_SPLITS = 64
@@ -59,6 +60,8 @@ def decode_tile(head_dim: int, element_bytes: int, programs: int) -> DecodeTile:
         programs: sequences times KV heads.
     """
     row_bytes = power_of_two(head_dim) * element_bytes
+    if element_bytes == 1 and row_bytes <= 128:
+        return DecodeTile(64 if programs <= FEW_PROGRAMS else 128, 4, 3)
     if row_bytes <= 256:
         return DecodeTile(32 if programs <= FEW_PROGRAMS else 64, 4, 2)
     if row_bytes <= 512:
@@ -154,7 +157,7 @@ def _decode(
         if PICKED:
             held = held & (row >= 0)
         q_place = q + row.to(tl.int64) * q_stride + head[:, None] * DIM + column[None, :]
-        query = tl.load(q_place, mask=held, other=0.0)  # [GROUP_ROWS, DIM_COLUMNS]
+        query = for_cache(tl.load(q_place, mask=held, other=0.0), k_cache)  # [GROUP_ROWS, DIM_COLUMNS]
         best = tl.full([GROUP_ROWS], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_ROWS], tl.float32)
         mixed = tl.zeros([GROUP_ROWS, DIM_COLUMNS], tl.float32)

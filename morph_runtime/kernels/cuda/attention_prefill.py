@@ -16,6 +16,7 @@ from torch import Tensor
 from morph_runtime.kernels.cuda.attention_decode import LOG2_E
 from morph_runtime.kernels.cuda.jit import kernel, kernel_with_varying, power_of_two
 from morph_runtime.kernels.cuda.layout import check_cache
+from morph_runtime.kernels.cuda.paging import block_numbers, for_cache, place_in_block
 
 
 class PrefillTile(NamedTuple):
@@ -30,11 +31,12 @@ class PrefillTile(NamedTuple):
     """Iterations whose loads are in flight, and the one at work."""
 
 
-def prefill_tile(head_dim: int, element_bytes: int) -> PrefillTile:
-    """The tile for heads of `head_dim` values of `element_bytes` bytes each."""
+def prefill_tile(head_dim: int, element_bytes: int, group: int = 1) -> PrefillTile:
+    """The tile for heads of `head_dim` values of `element_bytes` bytes each, `group` of which share a KV head."""
     row_bytes = power_of_two(head_dim) * element_bytes
     if row_bytes <= 256 and element_bytes < 4:
-        return PrefillTile(128, 64, 8, 3)
+        # Two programs of 64 rows on a multiprocessor: one does softmax while the other multiplies.
+        return PrefillTile(64, 64, 4, 3) if group <= 64 else PrefillTile(128, 64, 8, 3)
     if row_bytes <= 256:  # float32 takes more room than the 99 KiB of SM86, SM89 and SM120 for what it computes
         return PrefillTile(64, 64, 4, 2)
     if row_bytes <= 512:
@@ -48,7 +50,8 @@ def tile_tokens(heads: int, kv_heads: int, head_dim: int, element_bytes: int) ->
     Raises:
         ValueError: more heads share a KV head than a tile has rows.
     """
-    tokens = prefill_tile(head_dim, element_bytes).rows // (heads // kv_heads)
+    group = heads // kv_heads
+    tokens = prefill_tile(head_dim, element_bytes, group).rows // group
     if not tokens:
         raise ValueError(f"{heads // kv_heads} query heads share a KV head: the kernel takes fewer.")
     return tokens
@@ -103,24 +106,28 @@ def _attend(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Keys `begin` up to `end`; of those only `first` and later are read. Unless MASKED, all rows see whole tiles."""
     column = tl.arange(0, DIM_COLUMNS)
-    token = begin + tl.arange(0, TILE)
+    lane = tl.arange(0, TILE)
     # A tile's block numbers are read one iteration ahead, so that its keys and values need not wait for them.
-    block = tl.load(table + token // BLOCK_TOKENS, mask=(token < end) & (token >= first), other=0)
+    block = block_numbers(table, begin, lane, (begin + lane < end) & (begin + lane >= first), TILE, BLOCK_TOKENS)
     for tile in range(begin, end, TILE):
-        token = tile + tl.arange(0, TILE)
-        place = block.to(tl.int64) * block_stride + (token % BLOCK_TOKENS) * token_stride
-        block = tl.load(table + (token + TILE) // BLOCK_TOKENS, mask=token + TILE < end, other=0)
-        cell = place[:, None] + column[None, :]
+        token = tile + lane
+        place = (block.to(tl.int64) * block_stride)[:, None]
+        inner = (place_in_block(tile, lane, TILE, BLOCK_TOKENS) * token_stride)[:, None] + column[None, :]
+        k_cell = (k_head + inner) + place  # in this order: what is in brackets may be the same for all tiles
+        v_cell = (v_head + inner) + place
         if MASKED:
+            block = block_numbers(table, tile + TILE, lane, token + TILE < end, TILE, BLOCK_TOKENS)
             loaded = ((token < end) & (token >= first))[:, None] & (column < DIM)[None, :]
-            keys = tl.load(k_head + cell, mask=loaded, other=0.0)
-            values = tl.load(v_head + cell, mask=loaded, other=0.0)
-        elif DIM == DIM_COLUMNS:
-            keys = tl.load(k_head + cell)
-            values = tl.load(v_head + cell)
+            keys = tl.load(k_cell, mask=loaded, other=0.0)
+            values = tl.load(v_cell, mask=loaded, other=0.0)
         else:
-            keys = tl.load(k_head + cell, mask=(column < DIM)[None, :], other=0.0)
-            values = tl.load(v_head + cell, mask=(column < DIM)[None, :], other=0.0)
+            block = block_numbers(table, tile + TILE, lane, tile + TILE < end, TILE, BLOCK_TOKENS)
+            if DIM == DIM_COLUMNS:
+                keys = tl.load(k_cell)
+                values = tl.load(v_cell)
+            else:
+                keys = tl.load(k_cell, mask=(column < DIM)[None, :], other=0.0)
+                values = tl.load(v_cell, mask=(column < DIM)[None, :], other=0.0)
         score = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision="ieee")
         if MASKED:
             seen = token[None, :] <= position[:, None]
@@ -186,6 +193,7 @@ def _prefill(
     head = kv_head * GROUP + row % GROUP
     token = (start + index).to(tl.int64)
     query = tl.load(q + token[:, None] * q_stride + (head * DIM)[:, None] + column[None, :], mask=held, other=0.0)
+    query = for_cache(query, k_cache)
 
     lowest = context - length + part * TOKENS  # position of the tile's first token
     end = tl.minimum(lowest + TOKENS, context)  # behind its last
@@ -263,7 +271,7 @@ def prefill(
     if block_tables.stride(1) != 1 or starts.shape[0] != contexts.shape[0] + 1 or scale <= 0:
         raise ValueError("Block tables must be contiguous, starts one longer than contexts, and the scale positive.")
     tile_tokens(heads, kv_heads, head_dim, q.element_size())
-    tile = prefill_tile(head_dim, q.element_size())
+    tile = prefill_tile(head_dim, q.element_size(), heads // kv_heads)
     _prefill[(kv_heads, tiles.shape[0])](
         q,
         k_cache,
