@@ -25,7 +25,7 @@ from morph_runtime.kernels.cuda.jit import (
     power_of_two,
 )
 from morph_runtime.kernels.cuda.layout import check_cache
-from morph_runtime.kernels.cuda.paging import for_cache
+from morph_runtime.kernels.cuda.paging import block_numbers, for_cache, place_in_block
 
 LOG2_E = math.log2(math.e)
 MAX_SPLITS = 64
@@ -61,7 +61,7 @@ def decode_tile(head_dim: int, element_bytes: int, programs: int) -> DecodeTile:
     """
     row_bytes = power_of_two(head_dim) * element_bytes
     if element_bytes == 1 and row_bytes <= 128:
-        return DecodeTile(64 if programs <= FEW_PROGRAMS else 128, 4, 3)
+        return DecodeTile(32 if programs <= FEW_PROGRAMS else 64, 4, 3)
     if row_bytes <= 256:
         return DecodeTile(32 if programs <= FEW_PROGRAMS else 64, 4, 2)
     if row_bytes <= 512:
@@ -165,17 +165,18 @@ def _decode(
         k_head = k_cache + kv_head * head_stride
         v_head = v_cache + kv_head * head_stride
         # A tile's block numbers are read one iteration ahead, so that its keys and values need not wait for them.
-        token = begin + tl.arange(0, TILE)
-        block = tl.load(table + token // BLOCK_TOKENS, mask=(token < end) & (token >= first), other=0)
+        lane = tl.arange(0, TILE)
+        block = block_numbers(table, begin, lane, (begin + lane < end) & (begin + lane >= first), TILE, BLOCK_TOKENS)
         for tile in range(begin, end, TILE):
-            token = tile + tl.arange(0, TILE)
+            token = tile + lane
             seen = (token < end) & (token >= first)
-            place = block.to(tl.int64) * block_stride + (token % BLOCK_TOKENS) * token_stride
-            block = tl.load(table + (token + TILE) // BLOCK_TOKENS, mask=token + TILE < end, other=0)
-            cell = place[:, None] + column[None, :]
+            place = (block.to(tl.int64) * block_stride)[:, None]
+            block = block_numbers(table, tile + TILE, lane, token + TILE < end, TILE, BLOCK_TOKENS)
+            inner = (place_in_block(tile, lane, TILE, BLOCK_TOKENS) * token_stride)[:, None] + column[None, :]
             loaded = seen[:, None] & (column < DIM)[None, :]
-            keys = tl.load(k_head + cell, mask=loaded, other=0.0).to(query.dtype)
-            values = tl.load(v_head + cell, mask=loaded, other=0.0).to(query.dtype)
+            # In this order: what is in brackets may be the same for all tiles.
+            keys = tl.load((k_head + inner) + place, mask=loaded, other=0.0).to(query.dtype)
+            values = tl.load((v_head + inner) + place, mask=loaded, other=0.0).to(query.dtype)
             score = tl.dot(query, tl.trans(keys), input_precision="ieee") * scale  # in powers of two
             score = tl.where(seen[None, :], score, float("-inf"))
             new_best = tl.maximum(best, tl.max(score, 1))
