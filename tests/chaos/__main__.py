@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument("--levels", choices=LEVELS, default="fixed", help="both: in turns, free first")
     parser.add_argument("--clock", action="store_true", help="set the server's wall clock at random; needs libfaketime")
     parser.add_argument("--max-tokens", type=int, default=180)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the engine's")
     parser.add_argument("--json", type=Path, help="write the figures there")
     given = parser.parse_args()
     if given.clock and false_clock.library() is None:
@@ -45,7 +46,7 @@ def main() -> int:
         report = run(
             storm.Weather(
                 seed, given.seconds, given.every, tuple(given.faults.split(",")), levels, given.max_tokens,
-                clock=given.clock,
+                clock=given.clock, device=given.device,
             )
         )  # fmt: skip
         found.append(report.as_json())

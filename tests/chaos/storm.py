@@ -33,6 +33,7 @@ class Weather:
         max_tokens: of the longest requests.
         silence_s: after which a stopped engine counts as wedged.
         clock: set the server's wall clock at random, as often as there are faults; needs libfaketime.
+        device: the engine's, `cpu` or `cuda`; what a GPU has computed is computed again on the CPU.
     """
 
     seed: int
@@ -43,6 +44,7 @@ class Weather:
     max_tokens: int = 180
     silence_s: int = 4
     clock: bool = False
+    device: str = "cpu"
 
 
 @dataclass
@@ -97,7 +99,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "seed": self.weather.seed, "seconds": self.weather.seconds, "levels": self.weather.levels,
-            "streams": self.verdict.ended, "left": self.verdict.left, "wrong": len(self.verdict.wrong),
+            "device": self.weather.device, "streams": self.verdict.ended, "left": self.verdict.left,
+            "wrong": len(self.verdict.wrong),
             "shifted": len(self.verdict.shifted), "replayed_tokens": self.verdict.replayed,
             "near_ties": self.verdict.ties, "blamed": self.verdict.blamed,
             "faults": {w: self.done.count(w) for w in sorted(set(self.done))},
@@ -118,6 +121,7 @@ def storm(weather: Weather, folder: Path) -> Report:
     environment = {
         "MORPH_MODEL_REPOSITORY": str(repository),
         "MORPH_DTYPE": "float32",
+        "MORPH_DEVICE": weather.device,
         "MORPH_MODE": "off" if weather.levels == "fixed" else "performance",
         "MORPH_MAX_NUM_SEQS": "16",
     }
@@ -131,7 +135,7 @@ def storm(weather: Weather, folder: Path) -> Report:
     server = TritonServer(folder, environment)
     report = Report(weather)
     try:
-        server.wait_ready(120).wait_metrics()
+        server.wait_ready(300 if weather.device == "cuda" else 120).wait_metrics()  # kernels are compiled first
         report.start_s = time.monotonic() - began
         _run(server, weather, report, clock)
         if server.stop() != 0:
