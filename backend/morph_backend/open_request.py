@@ -15,7 +15,7 @@ from morph_runtime.engine.messages import TokenLogprobs
 from morph_runtime.text.assembler import OutputAssembler
 
 
-class Tokens(msgspec.Struct, frozen=True, gc=False):  # one for each token: a dataclass takes ten times as long
+class Tokens(msgspec.Struct, frozen=True, gc=False):  # one for each token: made faster than a dataclass
     """New tokens of one output from the engine, with the level of each; with what else was asked for."""
 
     tokens: list[int]

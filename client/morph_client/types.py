@@ -123,11 +123,11 @@ class Chunk(OutputChunk):
     """One response of a stream: what is new in the first output, and in the others if ``n`` was above 1."""
 
     num_input_tokens: int | None
-    """Length of the prompt in tokens."""
+    """Length of the prompt in tokens; ``None`` until an output has ended."""
     arrival_s: float
     """When this chunk arrived, counted from the moment the request was sent."""
     num_cached_tokens: int | None = None
-    """Tokens of the prompt that the prefix cache held; ``None`` if not asked for."""
+    """Tokens of the prompt that the prefix cache held; ``None`` until an output has ended, or if not asked for."""
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
     """On one chunk, if asked for: each token of the prompt and then the most likely ones; first a ``None``."""
     more: tuple[OutputChunk, ...] = ()
