@@ -33,7 +33,8 @@ class Wants:
     """Which outputs besides the text were asked for.
 
     Attributes:
-        lean_chunks: `finish_reason`, `num_input_tokens` and `num_cached_tokens` come only when an output has ended.
+        lean_chunks: `finish_reason`, `num_input_tokens` and `num_cached_tokens` come with the first response and from
+            the one on in which an output has ended, not with those between.
     """
 
     finish_reason: bool = False

@@ -83,6 +83,8 @@ class OpenRequest:
     """Of all tokens of the prompt but the first, if asked for; set by the reader thread ahead of the first token."""
     recomputed_at: list[int] = field(default_factory=list)
     """For each end of an engine that it has outlived: how many tokens of its outputs had come."""
+    begun: bool = False
+    """Whether a response has gone out."""
     prompt_told: bool = False
     """Whether `prompt_logprobs` have been sent."""
     awaited: bool = False

@@ -46,6 +46,7 @@ class ResponseContent(msgspec.Struct, frozen=True):
         num_cached_tokens: those of them that the prefix cache held.
         prompt_logprobs: of each token of the prompt but the first; None if they are not asked for, or were told.
         recomputed_at: how many tokens had come at each end of an engine so far.
+        first: whether it is the first response.
     """
 
     outputs: Sequence[OutputNews]
@@ -53,12 +54,13 @@ class ResponseContent(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
     recomputed_at: Sequence[int] = ()
+    first: bool = False
 
 
 def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[int], str]) -> list[Any]:
     """The tensors of a response: the text and what was asked for. `spelling` gives one token's text."""
     outputs = content.outputs
-    whole = not wants.lean_chunks or any(o.finish_reason for o in outputs)
+    whole = not wants.lean_chunks or content.first or any(o.finish_reason for o in outputs)
     tensors = [_strings("text_output", [o.text for o in outputs])]
     if wants.finish_reason and whole:
         tensors.append(_strings("finish_reason", [str(o.finish_reason) for o in outputs]))

@@ -131,7 +131,9 @@ class Responder:
             request.cached_tokens,
             request.prompt_logprobs if tell else None,
             request.recomputed_at,
+            first=not request.begun,
         )
+        request.begun = True
         tensors = output_tensors(content, given.wants, self._spelling)
         for output in request.outputs:
             output.unsent_text, output.unsent_levels, output.unsent_logprobs = [], [], []

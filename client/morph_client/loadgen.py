@@ -101,6 +101,7 @@ class _OneRequest:
         self._options = options
         self._first_s: float | None = None
         self._last: Chunk | None = None
+        self._prompt_tokens = item.prompt_tokens
         self._tokens = 0
         self._level0 = 0
         self._max_level = 0
@@ -143,6 +144,7 @@ class _OneRequest:
             self._gaps.append(chunk.arrival_s - last.arrival_s)
         self._progress.precision.add(at_s, chunk, last.rung_share if last else None, self._tokens)
         self._last = chunk
+        self._prompt_tokens = chunk.num_input_tokens or self._prompt_tokens
         self._tokens += chunk.tokens
         self._level0 += chunk.levels.count(0)
         self._max_level = max(self._max_level, *chunk.levels, 0)
@@ -156,7 +158,7 @@ class _OneRequest:
             index=self._index,
             due_s=self._item.due_s,
             sent_s=self._sent_s,
-            prompt_tokens=(last.num_input_tokens if last else None) or self._item.prompt_tokens,
+            prompt_tokens=self._prompt_tokens,
             output_tokens=self._tokens,
             first_s=self._first_s,
             last_s=self._sent_s + last.arrival_s if last else None,

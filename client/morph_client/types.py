@@ -123,11 +123,11 @@ class Chunk(OutputChunk):
     """One response of a stream: what is new in the first output, and in the others if ``n`` was above 1."""
 
     num_input_tokens: int | None
-    """Length of the prompt in tokens; ``None`` until an output has ended."""
+    """Length of the prompt in tokens; ``None`` on chunks between the first and the end of an output."""
     arrival_s: float
     """When this chunk arrived, counted from the moment the request was sent."""
     num_cached_tokens: int | None = None
-    """Tokens of the prompt that the prefix cache held; ``None`` until an output has ended, or if not asked for."""
+    """Tokens of the prompt that the prefix cache held; ``None`` if not asked for, and where the one above is."""
     prompt_logprobs: tuple[tuple[TokenLogprob, ...] | None, ...] = ()
     """On one chunk, if asked for: each token of the prompt and then the most likely ones; first a ``None``."""
     more: tuple[OutputChunk, ...] = ()
@@ -234,10 +234,10 @@ class CompletionBuilder:
         first, *more = [builder.build() for builder in self._outputs]
         return Completion(
             **{item.name: getattr(first, item.name) for item in fields(CompletionOutput)},
-            num_input_tokens=last.num_input_tokens or 0,
+            num_input_tokens=last.num_input_tokens or begun.num_input_tokens or 0,
             ttft_s=begun.arrival_s,
             e2e_s=last.arrival_s,
-            num_cached_tokens=last.num_cached_tokens,
+            num_cached_tokens=begun.num_cached_tokens if last.num_cached_tokens is None else last.num_cached_tokens,
             prompt_logprobs=self._prompt_logprobs,
             more=tuple(more),
         )

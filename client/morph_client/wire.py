@@ -54,7 +54,8 @@ class Request:
             message.parameters["timeout"].int64_param = self.timeout_us
         if self.slo_class is not None:
             message.parameters["slo_class"].string_param = self.slo_class
-        message.parameters["lean_chunks"].bool_param = True  # what does not change comes once, with the last chunk
+        if "stream" in self.flags:
+            message.parameters["lean_chunks"].bool_param = True  # what does not change, not with every chunk
         for name, text in self.settings:
             message.parameters[name].string_param = text
         return message

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from morph_runtime.engine.messages import SamplingParams, Submit
 
 DEVICE = "cuda"
 TOKENS = 150
+START_S = 300.0
+"""The first engine compiles its kernels."""
 CASES = (
     SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True),
     SamplingParams(max_tokens=TOKENS, seed=7, temperature=1.3, top_p=0.95, ignore_eos=True),
@@ -69,9 +72,8 @@ class Keeping:
         )
         self.python, self.hearer = str(python), Hearer()
         self.clients: list[EngineClient] = []
-        settings = KeeperSettings(restarts=6, pause_s=0.01, start_timeout_s=110)
+        settings = KeeperSettings(restarts=6, pause_s=0.01, start_timeout_s=START_S)
         self.keeper = EngineKeeper(self._make, self.hearer, settings)
-        self.keeper.start(110)
 
     def _make(self, listener: EngineListener) -> EngineClient:
         self.clients.append(EngineClient(self.config, listener, python=self.python))
@@ -100,9 +102,11 @@ class Keeping:
 @pytest.fixture
 def keepings(folder: Path, python: Path) -> Iterator[list[Keeping]]:
     made = [Keeping(folder, python), Keeping(folder, python)]
-    yield made
-    for each in made:
-        each.keeper.close()
+    with ExitStack() as ends:
+        for each in made:
+            ends.callback(each.keeper.close)
+            each.keeper.start(START_S)
+        yield made
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR1], ids=["killed", "segfault", "CUDA"])

@@ -51,16 +51,17 @@ class DecodeTile(NamedTuple):
     """Iterations whose loads are in flight."""
 
 
-def decode_tile(head_dim: int, element_bytes: int, programs: int) -> DecodeTile:
+def decode_tile(head_dim: int, element_bytes: int, programs: int, query_bytes: int = 2) -> DecodeTile:
     """The tile for a head of `head_dim` cached values of `element_bytes` bytes each; bench/gpu_kernels has the figures.
 
     Args:
         head_dim: values per head.
         element_bytes: bytes per cached value.
         programs: sequences times KV heads.
+        query_bytes: bytes per value of a query; of float32 the cache's are made float32, which takes room.
     """
     row_bytes = power_of_two(head_dim) * element_bytes
-    if element_bytes == 1 and row_bytes <= 128:
+    if element_bytes == 1 and row_bytes <= 128 and query_bytes == 2:
         return DecodeTile(32 if programs <= FEW_PROGRAMS else 64, 4, 3)
     if row_bytes <= 256:
         return DecodeTile(32 if programs <= FEW_PROGRAMS else 64, 4, 2)
@@ -294,7 +295,7 @@ def decode(
         raise ValueError(f"{workspace.numel()} floats of workspace are too few for {count} sequences.")
     if block_tables.stride(1) != 1 or (picks is None and min(len(block_tables), len(contexts)) < rows):
         raise ValueError("There must be a block table, contiguous, and a context for each row of q.")
-    tile = decode_tile(head_dim, k_cache.element_size(), count * kv_heads)
+    tile = decode_tile(head_dim, k_cache.element_size(), count * kv_heads, q.element_size())
     columns = max(power_of_two(head_dim), 16)
     group = heads // kv_heads
     overlap = overlaps(q.device)

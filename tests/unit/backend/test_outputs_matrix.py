@@ -120,12 +120,13 @@ def test_this_matrix_has_every_optional_output() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
-def test_lean_chunks_bring_what_does_not_change_with_an_end_alone(ask: Any, n: int) -> None:
+def test_lean_chunks_bring_what_does_not_change_at_the_beginning_and_with_an_end_alone(ask: Any, n: int) -> None:
     flags = dict.fromkeys((f"return_{name}" for name in OPTIONAL), True)
     constant = {"finish_reason", "num_input_tokens", "num_cached_tokens"}
     responses = ask({"n": n}, stream=True, parameters=json.dumps({LEAN: True}), **flags)
-    assert len(responses) > 1 and set(responses[-1]) == {"text_output", *OPTIONAL}
-    assert set(responses[0]) == {"text_output", *OPTIONAL} - constant
-    for outputs in responses[1:-1]:
-        assert constant.isdisjoint(outputs) or any(outputs["finish_reason"] != b"None")
+    assert len(responses) > 1
+    assert set(responses[0]) == set(responses[-1]) == {"text_output", *OPTIONAL}
+    between = responses[1:-1]
+    assert all(constant.isdisjoint(outputs) or any(outputs["finish_reason"] != b"None") for outputs in between)
+    assert {"text_output", *OPTIONAL} - constant in map(set, between)
     assert sum(int(sum(outputs["num_output_tokens"])) for outputs in responses) == n * TOKENS

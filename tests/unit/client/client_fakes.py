@@ -51,22 +51,23 @@ def response(outputs: dict[str, tuple[str, bytes]], final: bool) -> Any:
     return message
 
 
-def text_response(text: str, *, prompt_tokens: int, level: int, last: bool, final: bool, n: int = 1) -> Any:
-    """One token of each of `n` outputs."""
+def text_response(
+    text: str, *, prompt_tokens: int, level: int, last: bool, final: bool, n: int = 1, lean: bool = False
+) -> Any:
+    """One token of each of `n` outputs; `lean`: without what does not change."""
     share = json.dumps({"full": 1 - level / LAYERS, "w8": 0.0, "w4": level / LAYERS}).encode()
     texts = [f"{number}:{text}" if number else text for number in range(n)]
-    return response(
-        {
-            "text_output": ("BYTES", bytes_tensor(*(item.encode() for item in texts))),
-            "finish_reason": ("BYTES", bytes_tensor(*[b"length" if last else b"None"] * n)),
-            "num_input_tokens": ("UINT32", struct.pack("<I", prompt_tokens)),
-            "num_output_tokens": ("UINT32", struct.pack(f"<{n}I", *[1] * n)),
-            "num_cached_tokens": ("UINT32", struct.pack("<I", CACHED_TOKENS)),
-            "morph_level": ("INT32", struct.pack(f"<{n}i", *[level] * n)),
-            "rung_share": ("BYTES", bytes_tensor(*[share] * n)),
-        },
-        final,
-    )
+    outputs = {
+        "text_output": ("BYTES", bytes_tensor(*(item.encode() for item in texts))),
+        "finish_reason": ("BYTES", bytes_tensor(*[b"length" if last else b"None"] * n)),
+        "num_input_tokens": ("UINT32", struct.pack("<I", prompt_tokens)),
+        "num_output_tokens": ("UINT32", struct.pack(f"<{n}I", *[1] * n)),
+        "num_cached_tokens": ("UINT32", struct.pack("<I", CACHED_TOKENS)),
+        "morph_level": ("INT32", struct.pack(f"<{n}i", *[level] * n)),
+        "rung_share": ("BYTES", bytes_tensor(*[share] * n)),
+    }
+    left_out = ("finish_reason", "num_input_tokens", "num_cached_tokens") if lean else ()
+    return response({name: tensor for name, tensor in outputs.items() if name not in left_out}, final)
 
 
 class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
@@ -108,13 +109,14 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
                 if tensor.datatype == "BYTES"
             }
             lingers = "lingering" in texts["text_input"]
-            yield from self._answer(texts["text_input"], json.loads(texts["sampling_parameters"]), context)
+            lean = "lean_chunks" in request.parameters and request.parameters["lean_chunks"].bool_param
+            yield from self._answer(texts["text_input"], json.loads(texts["sampling_parameters"]), context, lean)
         if lingers:
             time.sleep(LINGER_S)
         self.answered += 1
         answered.set()
 
-    def _answer(self, prompt: str, sampling: dict[str, Any], context: Any) -> Iterator[Any]:
+    def _answer(self, prompt: str, sampling: dict[str, Any], context: Any, lean: bool) -> Iterator[Any]:
         word = prompt.split()[0] if prompt.split() else ""
         if word in REFUSALS:
             code, words = REFUSALS[word]
@@ -150,6 +152,7 @@ class FakeService(service_pb2_grpc.GRPCInferenceServiceServicer):
                     last=last,
                     final=last and word != "bare",
                     n=sampling.get("n", 1),
+                    lean=lean and i > 0 and not last,
                 )
         if word == "bare":  # as a model that ends with a response of flags only
             yield response({}, True)

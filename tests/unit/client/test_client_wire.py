@@ -51,6 +51,12 @@ def test_a_request_carries_prompt_sampling_and_options() -> None:
     assert message.parameters["slo_class"].string_param == "gold"
 
 
+def test_only_streams_ask_for_lean_chunks() -> None:
+    """A server that does not know the parameter takes it for one of sampling where no tensor brings these."""
+    asks = [build(), build(stream=False), wire.mode_request("morph", "balanced", None, "")]
+    assert ["lean_chunks" in ask.to_message().parameters for ask in asks] == [True, False, False]
+
+
 def test_nested_parameters_are_sent_as_json_and_logprobs_ask_for_their_output() -> None:
     form = {"json": {"type": "object"}}
     sampling = SamplingParams(logit_bias={5: 1.5}, stop_token_ids=(1,), structured_outputs=form, logprobs=0)
