@@ -41,17 +41,18 @@ class ParentWatch(Worker):
 
     A thread of its own that calls nothing of Triton's: what waits for a dead server (a question whether a client is
     there, a response) waits for ever, with the locks that it holds. So nothing is closed in order either: the engine
-    ends when its socket closes, and the files are swept by the launcher, or at the next start.
+    ends when its socket closes, and the files are swept by the launcher, or at the next start. Where such a call holds
+    the interpreter's lock, this thread does not run either: then the engine ends this process (`engine.orphan`).
     """
 
     def __init__(self, leave: Callable[[int], object] = os._exit, interval_s: float = 0.2) -> None:
         """To be made before anything that takes long: the server may die meanwhile."""
         super().__init__("parent-watch", interval_s)
-        self._parent = os.getppid()
+        self.parent = os.getppid()
         self._leave = leave
 
     def _run(self) -> None:
         while not self._stop.wait(self._interval_s):
-            if os.getppid() != self._parent:
+            if os.getppid() != self.parent:
                 self._leave(1)
                 return

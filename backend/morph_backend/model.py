@@ -80,7 +80,7 @@ class TritonPythonModel:
 
     def make_engine(self, config: EngineConfig, listener: EngineListener) -> EngineHandle:
         """An engine to serve with, and another one when it has ended; a subclass may bring its own."""
-        return EngineClient(config, listener)
+        return EngineClient(config, listener, server=self._parent_watch.parent)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Take requests (one at a time, as configured); returns once the engine has room for them."""

@@ -58,8 +58,12 @@ class EngineClient:
     The engine sees the end of this process as the end of its socket and exits, so it never outlives us.
     """
 
-    def __init__(self, config: EngineConfig, listener: EngineListener, *, python: str | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, listener: EngineListener, *, python: str | None = None, server: int = 0
+    ) -> None:
+        """`server`: the parent of this process, if this process is to end with it (`engine.orphan`); 0: it is not."""
         self._config = config
+        self._server = server
         self._listener = listener
         self._python = python or _python_of_this_environment()
         self._process: subprocess.Popen[bytes] | None = None
@@ -94,8 +98,9 @@ class EngineClient:
             ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
             self._sock = ours
             with theirs:
+                guard = ["--server", str(self._server)] if self._server else []
                 self._process = subprocess.Popen(
-                    [self._python, "-m", "morph_runtime.engine.process", "--fd", str(theirs.fileno())],
+                    [self._python, "-m", "morph_runtime.engine.process", "--fd", str(theirs.fileno()), *guard],
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.DEVNULL,
                     env={**os.environ, **engine_variables(self._config)},

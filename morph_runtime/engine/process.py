@@ -31,6 +31,7 @@ from morph_runtime.engine.messages import (
     Submit,
     ToEngine,
 )
+from morph_runtime.engine.orphan import OrphanGuard
 from morph_runtime.engine.wire import FrameReader, FrameWriter
 from morph_runtime.errors import ConfigError, EngineDown
 
@@ -139,7 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of the engine process; returns its exit status."""
     parser = argparse.ArgumentParser(prog="morph_runtime.engine.process")
     parser.add_argument("--fd", type=int, required=True)
-    sock = socket.socket(fileno=parser.parse_args(argv).fd)
+    parser.add_argument("--server", type=int, default=0, help="our parent's parent; if it dies, so must our parent")
+    given = parser.parse_args(argv)
+    sock = socket.socket(fileno=given.fd)
     logging.basicConfig(
         level=log_level(os.environ),
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
@@ -147,6 +150,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     # Ctrl-C reaches the whole process group; the serving process decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if given.server:
+        OrphanGuard(given.server).start()
     writer = FrameWriter(sock)
     reader: FrameReader[ToEngine] = FrameReader(sock, msgspec.msgpack.Decoder(ToEngine))
     first = reader.receive()

@@ -140,9 +140,9 @@ def test_a_dead_stub_ends_the_server_and_with_it_every_stream(fresh: TritonServe
     nothing_left(fresh)
 
 
-def test_when_launcher_and_server_are_killed_no_process_stays(fresh: TritonServer) -> None:
-    kill_launcher_and_server(fresh)
-    until(lambda: not fresh.family(), what="the end of all processes")
+def test_when_launcher_and_server_are_killed_no_process_stays(fresh_real: TritonServer) -> None:
+    kill_launcher_and_server(fresh_real)
+    until(lambda: not fresh_real.family(), what="the end of all processes")
 
 
 def kill_launcher_and_server(server: TritonServer) -> None:
@@ -151,16 +151,6 @@ def kill_launcher_and_server(server: TritonServer) -> None:
     server.process.kill()
     os.kill(triton, signal.SIGKILL)
     server.process.wait()
-
-
-def test_when_both_are_killed_no_process_stays_though_streams_are_open(fresh: TritonServer) -> None:
-    with fresh.hold():  # nothing is sent: Triton is only asked whether the clients are there
-        streams = [GrpcStream(fresh).ask("hello world", {"max_tokens": 500}) for _ in range(3)]
-        for stream in streams:
-            stream.next()
-        kill_launcher_and_server(fresh)
-        until(lambda: not fresh.family(), what="the end of all processes")
-    assert all(stream.rest()[-1].error for stream in streams)
 
 
 def test_when_both_are_killed_amid_responses_the_engine_ends_too(
