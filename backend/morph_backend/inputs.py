@@ -30,12 +30,7 @@ STREAM_ECHO_ERROR = "Error generating stream: When streaming, `exclude_input_in_
 
 @dataclass(frozen=True)
 class Wants:
-    """Which outputs besides the text were asked for.
-
-    Attributes:
-        lean_chunks: `finish_reason`, `num_input_tokens` and `num_cached_tokens` come with the first response and from
-            the one on in which an output has ended, not with those between.
-    """
+    """Which outputs besides the text were asked for."""
 
     finish_reason: bool = False
     cumulative_logprob: bool = False
@@ -48,7 +43,6 @@ class Wants:
     prompt_logprobs: bool = False
     recomputed_at: bool = False
     level_history: bool = False
-    lean_chunks: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +52,8 @@ class GenerateRequest:
     Attributes:
         echo: the prompt stands before the output text.
         control: what the administrator wants changed; nothing is generated then.
+        lean_chunks: `finish_reason`, `num_input_tokens` and `num_cached_tokens` come with the first response and from
+            the one on in which an output has ended, not with those between.
     """
 
     text: str
@@ -67,14 +63,11 @@ class GenerateRequest:
     wants: Wants
     slo_class: str
     control: RunControl | None = None
+    lean_chunks: bool = False
 
     def within_context(self, prompt_tokens: int, max_model_len: int) -> GenerateRequest:
         """The same request with a number of tokens to generate, where it asks for as many as there is room for."""
         return replace(self, sampling=within_context(self.sampling, prompt_tokens, max_model_len))
-
-
-RETURNS = tuple(name for name in Wants.__dataclass_fields__ if name != "lean_chunks")
-"""Outputs that an input `return_...` asks for."""
 
 
 class InputError(RequestError):
@@ -102,8 +95,7 @@ def read_request(request: Any, limits: ParameterLimits) -> GenerateRequest:
         raise InputError("exclude_input_in_output", STREAM_ECHO_ERROR)
     _refuse_unsupported(arrays)
     sampling = _sampling(arrays, parameters, limits)
-    asked = {name: _flag(arrays, f"return_{name}", False) for name in RETURNS}
-    wants = Wants(**asked, lean_chunks=_lean_chunks(parameters))
+    wants = Wants(**{name: _flag(arrays, f"return_{name}", False) for name in Wants.__dataclass_fields__})
     if wants.cumulative_logprob:
         sampling = msgspec.structs.replace(sampling, score=True)
     if wants.level_history:
@@ -116,6 +108,7 @@ def read_request(request: Any, limits: ParameterLimits) -> GenerateRequest:
         wants=wants,
         slo_class=_slo_class(parameters),
         control=read_control(parameters),
+        lean_chunks=_lean_chunks(parameters),
     )
 
 

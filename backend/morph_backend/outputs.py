@@ -46,7 +46,7 @@ class ResponseContent(msgspec.Struct, frozen=True):
         num_cached_tokens: those of them that the prefix cache held.
         prompt_logprobs: of each token of the prompt but the first; None if they are not asked for, or were told.
         recomputed_at: how many tokens had come at each end of an engine so far.
-        first: whether it is the first response.
+        whole: whether it brings what is the same in most responses, if that was asked for.
     """
 
     outputs: Sequence[OutputNews]
@@ -54,26 +54,25 @@ class ResponseContent(msgspec.Struct, frozen=True):
     num_cached_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
     recomputed_at: Sequence[int] = ()
-    first: bool = False
+    whole: bool = True
 
 
 def output_tensors(content: ResponseContent, wants: Wants, spelling: Callable[[int], str]) -> list[Any]:
     """The tensors of a response: the text and what was asked for. `spelling` gives one token's text."""
     outputs = content.outputs
-    whole = not wants.lean_chunks or content.first or any(o.finish_reason for o in outputs)
     tensors = [_strings("text_output", [o.text for o in outputs])]
-    if wants.finish_reason and whole:
+    if wants.finish_reason and content.whole:
         tensors.append(_strings("finish_reason", [str(o.finish_reason) for o in outputs]))
     if wants.cumulative_logprob:
         tensors.append(_numbers("cumulative_logprob", [o.cumulative_logprob for o in outputs], np.float32))
     if wants.logprobs:
         scores = [json.dumps(logprob_dicts(o.logprobs, spelling)) for o in outputs]
         tensors.append(_strings("logprobs", scores))
-    if wants.num_input_tokens and whole:
+    if wants.num_input_tokens and content.whole:
         tensors.append(_numbers("num_input_tokens", content.num_input_tokens, np.uint32))
     if wants.num_output_tokens:
         tensors.append(_numbers("num_output_tokens", [len(o.levels) for o in outputs], np.uint32))
-    if wants.num_cached_tokens and whole:
+    if wants.num_cached_tokens and content.whole:
         tensors.append(_numbers("num_cached_tokens", [content.num_cached_tokens], np.uint32))
     if wants.prompt_logprobs:
         told = logprob_dicts(content.prompt_logprobs, spelling)

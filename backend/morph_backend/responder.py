@@ -131,7 +131,7 @@ class Responder:
             request.cached_tokens,
             request.prompt_logprobs if tell else None,
             request.recomputed_at,
-            first=not request.begun,
+            whole=not (given.lean_chunks and request.begun) or any(output.finish_reason for output in request.outputs),
         )
         request.begun = True
         tensors = output_tensors(content, given.wants, self._spelling)

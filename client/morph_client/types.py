@@ -234,10 +234,10 @@ class CompletionBuilder:
         first, *more = [builder.build() for builder in self._outputs]
         return Completion(
             **{item.name: getattr(first, item.name) for item in fields(CompletionOutput)},
-            num_input_tokens=last.num_input_tokens or begun.num_input_tokens or 0,
+            num_input_tokens=begun.num_input_tokens or 0,
             ttft_s=begun.arrival_s,
             e2e_s=last.arrival_s,
-            num_cached_tokens=begun.num_cached_tokens if last.num_cached_tokens is None else last.num_cached_tokens,
+            num_cached_tokens=begun.num_cached_tokens,
             prompt_logprobs=self._prompt_logprobs,
             more=tuple(more),
         )

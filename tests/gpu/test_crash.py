@@ -3,7 +3,6 @@ had been."""
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -13,23 +12,15 @@ from pathlib import Path
 import pytest
 
 from engine.conftest import make_model
-from engine.test_keeper import Hearer
+from engine.test_keeper import CASES as ALL_CASES
+from engine.test_keeper import Keeping
 from morph_runtime.config import EngineConfig
-from morph_runtime.engine.client import EngineClient, EngineListener
 from morph_runtime.engine.handle import KeeperSettings
-from morph_runtime.engine.keeper import EngineKeeper
-from morph_runtime.engine.messages import SamplingParams, Submit
 
 DEVICE = "cuda"
-TOKENS = 150
-START_S = 300.0
+CASES = {name: ALL_CASES[name] for name in ("greedy", "seeded", "penalties", "min_tokens")}
+SETTINGS = KeeperSettings(restarts=6, pause_s=0.01, start_timeout_s=300)
 """The first engine compiles its kernels."""
-CASES = (
-    SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True),
-    SamplingParams(max_tokens=TOKENS, seed=7, temperature=1.3, top_p=0.95, ignore_eos=True),
-    SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True, repetition_penalty=1.2),
-    SamplingParams(max_tokens=TOKENS, seed=11, temperature=1.5, min_tokens=120, ignore_eos=True),
-)
 INTERPRETER = """#!{python}
 import runpy, signal, sys
 import torch
@@ -57,60 +48,39 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-class Keeping:
-    """A keeper of engines, and the one that runs."""
-
-    def __init__(self, folder: Path, python: Path) -> None:
-        self.config = EngineConfig.from_mapping(
-            {
-                "device": DEVICE,
-                "model": {"path": str(folder), "dtype": "float32"},
-                "memory": {"kv_tokens": 2048},
-                "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
-                "morph": {"mode": "off", "costs": "off"},
-            }
-        )
-        self.python, self.hearer = str(python), Hearer()
-        self.clients: list[EngineClient] = []
-        settings = KeeperSettings(restarts=6, pause_s=0.01, start_timeout_s=START_S)
-        self.keeper = EngineKeeper(self._make, self.hearer, settings)
-
-    def _make(self, listener: EngineListener) -> EngineClient:
-        self.clients.append(EngineClient(self.config, listener, python=self.python))
-        return self.clients[-1]
-
-    def serve(self, strikes: list[tuple[int, int]]) -> dict[int, list[int]]:
-        """All cases; `strikes` are signals to the engine, each after so many tokens. Returns the tokens."""
-        hearer, due = self.hearer, list(strikes)
-        for key, sampling in enumerate(CASES):
-            self.keeper.submit(Submit(key=key, prompt=[3, 1, 4, 1, 5, 9, 2, 6, key + 1], sampling=sampling))
-        while len(hearer.finished) < len(CASES):
-            seen = sum(map(len, hearer.tokens.values()))
-            if due and seen >= due[0][0]:
-                before = hearer.restarted
-                os.kill(self.clients[-1].pid, due.pop(0)[1])
-                hearer.wait(lambda before=before: hearer.restarted > before)
-            else:
-                hearer.wait(
-                    lambda seen=seen: sum(map(len, hearer.tokens.values())) > seen or len(hearer.finished) == len(CASES)
-                )
-        assert not due and not hearer.down
-        assert set(hearer.finished.values()) == {"length"}
-        return hearer.tokens
-
-
 @pytest.fixture
 def keepings(folder: Path, python: Path) -> Iterator[list[Keeping]]:
-    made = [Keeping(folder, python), Keeping(folder, python)]
+    config = EngineConfig.from_mapping(
+        {
+            "device": DEVICE,
+            "model": {"path": str(folder), "dtype": "float32"},
+            "memory": {"kv_tokens": 2048},
+            "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
+            "morph": {"mode": "off", "costs": "off"},
+        }
+    )
     with ExitStack() as ends:
-        for each in made:
-            ends.callback(each.keeper.close)
-            each.keeper.start(START_S)
+        made = []
+        for _ in range(2):
+            made.append(Keeping(config, SETTINGS, CASES, str(python)))
+            ends.callback(made[-1].keeper.close)
         yield made
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGUSR1], ids=["killed", "segfault", "CUDA"])
 def test_tokens_after_an_engines_end_are_those_of_an_undisturbed_run(keepings: list[Keeping], number: int) -> None:
     calm, stormy = keepings
-    assert stormy.serve([(60, number), (300, number)]) == calm.serve([])
-    assert stormy.hearer.restarted >= 2
+    strikes = [60, 300]
+
+    def strike(tokens: int) -> bool:
+        if not strikes or tokens < strikes[0]:
+            return False
+        strikes.pop(0)
+        stormy.kill(number)
+        return True
+
+    calm.serve()
+    stormy.serve(strike)
+    assert not strikes and not stormy.hearer.down and stormy.hearer.restarted >= 2
+    assert (stormy.hearer.tokens, stormy.hearer.finished) == (calm.hearer.tokens, calm.hearer.finished)
+    assert set(calm.hearer.finished.values()) <= {"length", "stop"}

@@ -51,7 +51,7 @@ class DecodeTile(NamedTuple):
     """Iterations whose loads are in flight."""
 
 
-def decode_tile(head_dim: int, element_bytes: int, programs: int, query_bytes: int = 2) -> DecodeTile:
+def decode_tile(head_dim: int, element_bytes: int, programs: int, query_bytes: int) -> DecodeTile:
     """The tile for a head of `head_dim` cached values of `element_bytes` bytes each; bench/gpu_kernels has the figures.
 
     Args:

@@ -31,7 +31,7 @@ class PrefillTile(NamedTuple):
     """Iterations whose loads are in flight, and the one at work."""
 
 
-def prefill_tile(head_dim: int, element_bytes: int, group: int = 1) -> PrefillTile:
+def prefill_tile(head_dim: int, element_bytes: int, group: int) -> PrefillTile:
     """The tile for heads of `head_dim` values of `element_bytes` bytes each, `group` of which share a KV head."""
     row_bytes = power_of_two(head_dim) * element_bytes
     if row_bytes <= 256 and element_bytes < 4:

@@ -45,8 +45,8 @@ def test_the_service_class_is_a_parameter_of_its_own(make_request: Any) -> None:
 
 
 def test_lean_chunks_are_asked_for_by_a_parameter_that_is_a_bool(make_request: Any) -> None:
-    assert read_request(make_request('{"lean_chunks": true}', text_input="hi"), LIMITS).wants.lean_chunks
-    assert not read_request(make_request(text_input="hi"), LIMITS).wants.lean_chunks
+    assert read_request(make_request('{"lean_chunks": true}', text_input="hi"), LIMITS).lean_chunks
+    assert not read_request(make_request(text_input="hi"), LIMITS).lean_chunks
     with pytest.raises(RequestError, match="lean_chunks"):
         read_request(make_request('{"lean_chunks": "yes"}', text_input="hi"), LIMITS)
 

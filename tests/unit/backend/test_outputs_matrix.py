@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fake_engine import CACHED_TOKENS, EOS_ID, FakeEngine
-from morph_backend.inputs import LEAN, RETURNS, read_request
+from morph_backend.inputs import LEAN, Wants, read_request
 from morph_backend.recorder import MetricsRecorder
 from morph_backend.service import Service
 from morph_runtime.config import EngineConfig
@@ -116,7 +116,7 @@ def test_prompt_log_probabilities_are_null_unless_the_parameter_is_set(ask: Any)
 
 
 def test_this_matrix_has_every_optional_output() -> None:
-    assert set(OPTIONAL) == set(RETURNS)
+    assert set(OPTIONAL) == set(Wants.__dataclass_fields__)
 
 
 @pytest.mark.parametrize("n", [1, 2])

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -95,15 +95,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Keeping:
     """A keeper of real engine processes."""
 
-    def __init__(self, config: EngineConfig, settings: KeeperSettings = FAST) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        settings: KeeperSettings = FAST,
+        cases: Mapping[str, SamplingParams] = CASES,
+        python: str = sys.executable,
+    ) -> None:
         self.hearer = Hearer()
         self.clients: list[EngineClient] = []
-        self._config = config
+        self._config, self._cases, self._python = config, cases, python
         self.keeper = EngineKeeper(self._make, self.hearer, settings)
-        self.keeper.start(110)
+        self.keeper.start(settings.start_timeout_s)
 
     def _make(self, listener: EngineListener) -> EngineClient:
-        self.clients.append(EngineClient(self._config, listener, python=sys.executable))
+        self.clients.append(EngineClient(self._config, listener, python=self._python))
         return self.clients[-1]
 
     def kill(self, number: int = signal.SIGKILL) -> None:
@@ -111,7 +117,7 @@ class Keeping:
 
     def serve(self, disturb: Callable[[int], bool] = lambda _tokens: False) -> None:
         """Run all cases; `disturb` is told the number of tokens so far and says whether it has just struck."""
-        for key, sampling in enumerate(CASES.values()):
+        for key, sampling in enumerate(self._cases.values()):
             self.keeper.submit(Submit(key=key, prompt=[3, 1, 4, 1, 5, 9, 2, 6, key + 1], sampling=sampling))
         restarts, hearer = 0, self.hearer
         while True:
@@ -119,11 +125,13 @@ class Keeping:
             if disturb(seen):  # on a busy machine perhaps only when all is over; it is survived then too
                 restarts += 1
                 hearer.wait(lambda wanted=restarts: hearer.restarted == wanted)
-            elif len(hearer.finished) == len(CASES):
+            elif len(hearer.finished) == len(self._cases):
                 return
             else:
                 hearer.wait(
-                    lambda seen=seen: sum(map(len, hearer.tokens.values())) > seen or len(hearer.finished) == len(CASES)
+                    lambda seen=seen: (
+                        sum(map(len, hearer.tokens.values())) > seen or len(hearer.finished) == len(self._cases)
+                    )
                 )
 
 
