@@ -103,8 +103,9 @@ class Oracle:
 def weights_of(engine: Engine, layer: int) -> dict[str, torch.Tensor]:
     """Copies of a layer's norms and of what each linear multiplies with at its present rung: float32 [out, in]."""
     bound = engine.parts.swapper.layers[layer]
-    linears = {part.shape.name: part.dequantize().clone() for part in bound.linears}
-    return {**linears, "input_norm": bound.input_norm.clone(), "post_norm": bound.post_norm.clone()}
+    found = {part.shape.name: part.dequantize() for part in bound.linears}
+    found |= {"input_norm": bound.input_norm, "post_norm": bound.post_norm}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in found.items()}
 
 
 def oracle_for(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -122,7 +123,7 @@ def _name(seen: Seen) -> str:
 class Footprint:
     """What the server holds of the machine: by process threads, descriptors and resident MiB; and shared memory.
 
-    `open_kinds` says what the descriptors are.
+    `open_kinds` says what the descriptors are, `thread_names` what the threads are called.
     """
 
     threads: dict[str, int]
@@ -130,6 +131,12 @@ class Footprint:
     resident_mib: dict[str, int]
     shared: int
     open_kinds: dict[str, Counter[str]] = field(repr=False)
+    thread_names: dict[str, Counter[str]] = field(repr=False)
+
+    def more(self, what: str, before: Footprint, name: str) -> dict[str, int]:
+        """Which `threads` or `descriptors` of a process there are more of than before."""
+        now, then = ((at.open_kinds if what == "descriptors" else at.thread_names)[name] for at in (self, before))
+        return dict(now - then)
 
 
 def processes(server: TritonServer) -> dict[str, int]:
@@ -150,7 +157,8 @@ def processes(server: TritonServer) -> dict[str, int]:
 def footprint(server: TritonServer) -> Footprint:
     """The present one."""
     pids = processes(server)
-    threads = {name: len(os.listdir(f"/proc/{pid}/task")) for name, pid in pids.items()}
+    names = {name: _thread_names(pid) for name, pid in pids.items()}
+    threads = {name: called.total() for name, called in names.items()}
     ports = {server.http: "HTTP", server.grpc: "gRPC", server.metrics: "metrics"}
     kinds = {name: open_descriptors(pid, ports) for name, pid in pids.items()}
     page_mib = os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -158,7 +166,15 @@ def footprint(server: TritonServer) -> Footprint:
         name: round(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * page_mib) for name, pid in pids.items()
     }
     descriptors = {name: kinds[name].total() for name in pids}
-    return Footprint(threads, descriptors, resident, len(server.shared_memory()), kinds)
+    return Footprint(threads, descriptors, resident, len(server.shared_memory()), kinds, names)
+
+
+def _thread_names(pid: int) -> Counter[str]:
+    found: Counter[str] = Counter()
+    for entry in os.scandir(f"/proc/{pid}/task"):
+        with contextlib.suppress(FileNotFoundError):  # ended meanwhile
+            found[Path(entry.path, "comm").read_text().strip()] += 1
+    return found
 
 
 def wait_idle(server: TritonServer) -> None:

@@ -66,24 +66,35 @@ class Text:
 class Replayer:
     """Replays streams of one model in float32 whose prefix cache reuses `exact` levels only."""
 
-    def __init__(self, oracle: Oracle, tokenizer: Tokenizer, eos: Sequence[int], limits: ParameterLimits) -> None:
-        """`oracle` knows the rungs of each level."""
+    def __init__(
+        self,
+        oracle: Oracle,
+        tokenizer: Tokenizer,
+        eos: Sequence[int],
+        limits: ParameterLimits,
+        device: str = "cpu",
+    ) -> None:
+        """`oracle` knows the rungs of each level; tokens are drawn on `device`: each type has draws of its own."""
         self._oracle = oracle
         self._tokenizer = tokenizer
         self._limits = limits
-        self._sampler = Sampler(eos, torch.device("cpu"), seed=0)
+        self._device = torch.device(device)
+        self._sampler = Sampler(eos, self._device, seed=0)
         self._known: dict[str, Replayed] = {}
 
     @classmethod
-    def of_model(cls, folder: Path) -> Replayer:
-        """For a model folder; its layers are quantized as an engine does it."""
-        settings = {"model": {"path": str(folder), "dtype": "float32"}, "morph": {"mode": "off"}}
+    def of_model(cls, folder: Path, device: str) -> Replayer:
+        """For a model folder; its layers are quantized as an engine on such a device does it."""
+        settings = {
+            "model": {"path": str(folder), "dtype": "float32"}, "device": device, "memory": {"kv_tokens": 1024},
+            "morph": {"mode": "off", "costs": "off"},
+        }  # fmt: skip
         engine = build_engine(EngineConfig.from_mapping(settings))
         try:
             oracle = oracle_for(engine, folder)
             spec = engine.parts.spec
             limits = ParameterLimits(max_tokens=engine.parts.max_model_len, max_outputs=1, vocab_size=spec.vocab)
-            return cls(oracle, Tokenizer.from_folder(folder), spec.eos_ids, limits)
+            return cls(oracle, Tokenizer.from_folder(folder), spec.eos_ids, limits, device)
         finally:
             engine.close()
 
@@ -161,4 +172,4 @@ class Replayer:
         if border and row.params.top_p < 1:
             moved = msgspec.structs.replace(row.params, top_p=min(1.0, row.params.top_p + border))
             row = SamplingRow(moved, row.sequence)
-        return self._sampler.sample(logits[None].clone(), [row]).tokens[0]
+        return self._sampler.sample(logits[None].to(self._device, copy=True), [row]).tokens[0]

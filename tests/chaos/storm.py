@@ -145,7 +145,7 @@ def storm(weather: Weather, folder: Path) -> Report:
     finally:
         server.stop()
     if report.verdict.shifted:
-        report.verdict.replay(Replayer.of_model(ROOT / "models" / "morph-demo"))
+        report.verdict.replay(Replayer.of_model(ROOT / "models" / "morph-demo", weather.device))
     return report
 
 
@@ -198,9 +198,7 @@ def compare(before: check.Footprint, after: check.Footprint, clock: bool) -> lis
             now = getattr(after, what).get(name, 0)
             gone = after.open_kinds[name][GONE] if clock and what == "descriptors" and name == "server" else 0
             if now - gone > count + 2:
-                more = after.open_kinds[name] - before.open_kinds[name]
-                which = f"; more of: {dict(more)}" if what == "descriptors" else ""
-                found.append(f"{what} of {name}: {now}, before {count}{which}")
+                found.append(f"{what} of {name}: {now}, before {count}; more of: {after.more(what, before, name)}")
     if after.shared > before.shared:
         found.append(f"shared memory: {after.shared} regions, before {before.shared}")
     return found

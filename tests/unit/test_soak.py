@@ -150,7 +150,8 @@ def test_a_connection_that_its_client_has_reset_is_told_from_one_that_it_has_clo
 def footprint(**more: int) -> Footprint:
     kinds = Counter(pipe=24)
     kinds.update(more)
-    return Footprint({"server": 64}, {"server": kinds.total()}, {"server": 40}, 1, {"server": kinds})
+    names = Counter(grpc=64)
+    return Footprint({"server": 64}, {"server": kinds.total()}, {"server": 40}, 1, {"server": kinds}, {"server": names})
 
 
 def test_descriptors_that_have_grown_are_named_by_what_they_are() -> None:
