@@ -26,6 +26,7 @@ from morph_runtime.engine.opening import OpenModel
 from morph_runtime.engine.runner import StepRunner
 from morph_runtime.errors import ConfigError
 from morph_runtime.kernels.attention import AttentionShape
+from morph_runtime.kernels.cuda.drawer import CounterDrawer
 from morph_runtime.kernels.cuda.toolchain import check_toolchain
 from morph_runtime.kernels.kv_format import KVFormat
 from morph_runtime.kernels.rung import Rung
@@ -200,7 +201,7 @@ class CudaDevice(EngineDevice):
         attention = StepAttention(spec, parts.cache, inputs, parts.max_model_len, dtype)
         hidden = torch.zeros(tokens, spec.hidden, dtype=dtype, device=self._device)
         logits = torch.zeros(sequences, spec.vocab, dtype=dtype, device=self._device)
-        sampler = Sampler(spec.eos_ids, self._device, cpu_threads(config))
+        sampler = Sampler(spec.eos_ids, self._device, cpu_threads(config), CounterDrawer())
         graphs = GraphSet() if config.kernels.graphs else None
         rungs = parts.model.slots.rungs
         pieces = StepPieces(decoder, attention, inputs, hidden, logits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
@@ -10,7 +12,7 @@ from morph_runtime.engine.messages import SamplingParams
 from morph_runtime.sampling.rows import SamplingRow
 
 TEMPORARY_BYTES_PER_SCORE = 56
-"""Of a row, for each token of the vocabulary: what `draw` holds at its greediest moment, sorting for top_k and top_p.
+"""Of a row, for each token of the vocabulary: what `GeneratorDrawer` holds at the most, sorting for top_k and top_p.
 
 The row's copy, its scaled copy, its part with a top_k or top_p, that sorted with the 64-bit places, three more float
 tensors and four of booleans, and a reserve.
@@ -19,35 +21,47 @@ SEED_MULTIPLIER = 0x9E3779B97F4A7C15
 """Odd 64-bit constant (golden ratio) that spreads neighbouring positions over the seed space."""
 
 
-def draw(
-    logits: torch.Tensor,  # [rows, vocab] float32; not changed
-    rows: Sequence[SamplingRow],
-    generator: torch.Generator,
-    unseeded: torch.Generator,
-) -> list[int]:
-    """One token of each row, drawn from what temperature, min_p, top_k and top_p leave (in this order, as in vLLM).
+class Drawer(Protocol):
+    """Draws tokens, as some device does it."""
 
-    Takes `TEMPORARY_BYTES_PER_SCORE` for each of the logits.
+    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+        """One token of each row, drawn from what temperature, min_p, top_k and top_p leave (in this order, as in vLLM).
 
-    Args:
-        logits: scores after all adjustments.
-        rows: the sequences.
-        generator: scratch for the seeded rows; its state is lost.
-        unseeded: for the other rows.
-    """
-    params = [row.params for row in rows]
-    temperature = torch.tensor([p.temperature for p in params], device=logits.device)
-    scaled = logits / temperature[:, None]
-    _on_rows(scaled, params, lambda p: p.min_p > 0, _keep_likely)
-    _on_rows(scaled, params, lambda p: p.top_k > 0 or p.top_p < 1, _keep_top)
-    probabilities = scaled.softmax(dim=-1)
-    # argmax(p / Exp(1)) is a draw from p (the exponential race); no host synchronisation is needed.
-    noise = torch.empty_like(probabilities).exponential_(generator=unseeded)
-    for at, row in enumerate(rows):
-        if row.params.seed is not None:
-            noise[at].exponential_(generator=generator.manual_seed(_mixed(row.params.seed, row.output_len)))
-    result: list[int] = probabilities.div_(noise.clamp_(min=1e-30)).argmax(dim=-1).tolist()
-    return result
+        Takes `TEMPORARY_BYTES_PER_SCORE` for each of the logits, at most.
+
+        Args:
+            logits: float32 [rows, vocab], scores after all adjustments; not changed.
+            rows: the sequences; a seed and a position give the same noise in any company.
+        """
+        ...
+
+
+class GeneratorDrawer:
+    """Draws with a generator's noise: of its own for rows with a seed, of one for all others."""
+
+    def __init__(self, device: torch.device, seed: int | None = None) -> None:
+        """`seed` is for the rows without one; None: of the system's entropy."""
+        self._seeded = torch.Generator(device=device)
+        # Torch begins with the same seed in every process: without this, each start would draw the same again.
+        entropy = int.from_bytes(os.urandom(8), "big") >> 1
+        self._unseeded = torch.Generator(device=device).manual_seed(entropy if seed is None else seed)
+
+    def __call__(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+        """See `Drawer`."""
+        params = [row.params for row in rows]
+        temperature = torch.tensor([p.temperature for p in params], device=logits.device)
+        scaled = logits / temperature[:, None]
+        _on_rows(scaled, params, lambda p: p.min_p > 0, _keep_likely)
+        _on_rows(scaled, params, lambda p: p.top_k > 0 or p.top_p < 1, _keep_top)
+        probabilities = scaled.softmax(dim=-1)
+        # argmax(p / Exp(1)) is a draw from p (the exponential race); no host synchronisation is needed.
+        noise = torch.empty_like(probabilities).exponential_(generator=self._unseeded)
+        for at, row in enumerate(rows):
+            if row.params.seed is not None:
+                seed = _mixed(row.params.seed, row.output_len)
+                noise[at].exponential_(generator=self._seeded.manual_seed(seed))
+        result: list[int] = probabilities.div_(noise.clamp_(min=1e-30)).argmax(dim=-1).tolist()
+        return result
 
 
 def _mixed(seed: int, position: int) -> int:

@@ -1,12 +1,11 @@
 """Choosing the next token of each sequence from its logits.
 
-Seeded requests draw from a counter: the generator of a token is seeded by (seed, position), so the
-result depends neither on what else is in the batch nor on a preemption or restart in between.
+Seeded requests draw noise that (seed, position) fixes, so the result depends neither on what else is in the batch nor
+on a preemption or restart in between.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +13,7 @@ import torch
 
 from morph_runtime.engine.messages import TokenLogprobs
 from morph_runtime.sampling.adjust import adjust
-from morph_runtime.sampling.draw import TEMPORARY_BYTES_PER_SCORE, draw
+from morph_runtime.sampling.draw import TEMPORARY_BYTES_PER_SCORE, Drawer, GeneratorDrawer
 from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.scores import token_logprobs
 from morph_runtime.structured.masks import TokenMasks, rescue
@@ -56,15 +55,12 @@ class Sampler:
     """Samples one token per row. Work is done for the rows that ask for it; a plain greedy row is one argmax."""
 
     def __init__(
-        self, eos_token_ids: Sequence[int], device: torch.device, threads: int = 1, seed: int | None = None
+        self, eos_token_ids: Sequence[int], device: torch.device, threads: int = 1, draw: Drawer | None = None
     ) -> None:
-        """`threads` compute the token masks of structured outputs; `seed` is for the draws of requests without one."""
+        """`threads` compute the token masks of structured outputs; `draw` draws, None: with generators' noise."""
         self._eos = tuple(sorted(eos_token_ids))
         self._device = device
-        self._generator = torch.Generator(device=device)
-        # Torch begins with the same seed in every process: without this, each start would draw the same again.
-        entropy = int.from_bytes(os.urandom(8), "big") >> 1
-        self._unseeded = torch.Generator(device=device).manual_seed(entropy if seed is None else seed)
+        self._draw = draw or GeneratorDrawer(device)
         self._masks = TokenMasks(threads)
 
     def sample(
@@ -91,7 +87,7 @@ class Sampler:
         tokens: list[int] = logits.argmax(dim=-1).tolist()
         drawn = [i for i, row in enumerate(rows) if row.draws]
         for part in self._chunks(drawn, logits):
-            chosen = draw(logits[self._rows(part)], [rows[i] for i in part], self._generator, self._unseeded)
+            chosen = self._draw(logits[self._rows(part)], [rows[i] for i in part])
             for i, token in zip(part, chosen, strict=True):
                 tokens[i] = token
         if not scored:
@@ -121,4 +117,4 @@ class Sampler:
         return (which[at : at + size] for at in range(0, len(which), size))
 
     def _rows(self, which: list[int]) -> torch.Tensor:
-        return torch.tensor(which, dtype=torch.int64, device=self._generator.device)
+        return torch.tensor(which, dtype=torch.int64, device=self._device)

@@ -20,6 +20,7 @@ from morph_runtime.config import EngineConfig
 from morph_runtime.engine.build import build_engine
 from morph_runtime.engine.histories import CACHED, Run
 from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.sampling.draw import Drawer, GeneratorDrawer
 from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampler
 from morph_runtime.text.parameters import ParameterLimits, parse_sampling_parameters
@@ -79,7 +80,7 @@ class Replayer:
         self._tokenizer = tokenizer
         self._limits = limits
         self._device = torch.device(device)
-        self._sampler = Sampler(eos, self._device, seed=0)
+        self._sampler = Sampler(eos, self._device, draw=_drawer(device))
         self._known: dict[str, Replayed] = {}
 
     @classmethod
@@ -173,3 +174,12 @@ class Replayer:
             moved = msgspec.structs.replace(row.params, top_p=min(1.0, row.params.top_p + border))
             row = SamplingRow(moved, row.sequence)
         return self._sampler.sample(logits[None].to(self._device, copy=True), [row]).tokens[0]
+
+
+def _drawer(device: str) -> Drawer:
+    """What an engine on such a device draws with."""
+    if device == "cpu":
+        return GeneratorDrawer(torch.device(device))
+    from morph_runtime.kernels.cuda.drawer import CounterDrawer  # needs Triton-lang
+
+    return CounterDrawer()

@@ -225,6 +225,20 @@ def test_a_draw_that_may_take_one_token_alone_is_the_greedy_one(
     assert found[2] == found[1] and found[3] != found[1]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seed_gives_the_same_tokens_with_and_without_log_probabilities(
+    model: Path, engines: Engines, dtype: str
+) -> None:
+    """Who asks for log probabilities is sampled by the host. One at a time: a batch's shape may decide the rounding."""
+    engine, prompt = engines.make(model, dtype=dtype), [5, 9, 23] * 6
+    for key, choice in enumerate(SHAPED):
+        found = []
+        for more in ({}, {"logprobs": 1}):
+            submit(engine, key, prompt, 20, **choice, **more)
+            found.append(run_all(engine)[key])
+        assert found[0] == found[1], choice
+
+
 def test_a_shaped_row_draws_the_same_beside_rows_that_the_host_samples(model: Path, engines: Engines) -> None:
     engine = engines.make(model)
     assert shaped_outputs(engine) == shaped_outputs(engine, beside=True)

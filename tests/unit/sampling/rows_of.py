@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from morph_runtime.engine.messages import SamplingParams
+from morph_runtime.sampling.draw import GeneratorDrawer
 from morph_runtime.sampling.rows import SamplingRow
 from morph_runtime.sampling.sampler import Sampler
 
@@ -23,4 +24,5 @@ def row(params: SamplingParams, output: Sequence[int] = (), prompt: Sequence[int
 
 
 def sampler(eos: tuple[int, ...] = (0,)) -> Sampler:
-    return Sampler(eos, torch.device("cpu"), seed=torch.initial_seed())
+    device = torch.device("cpu")
+    return Sampler(eos, device, draw=GeneratorDrawer(device, torch.initial_seed()))
