@@ -79,7 +79,7 @@ def build_engine(config: EngineConfig, wake: Callable[[], None] = lambda: None) 
 
     Args:
         config: validated settings.
-        wake: called from another thread when a layer's bytes are ready.
+        wake: called from another thread when a layer's bytes are ready, or its memory.
 
     Raises:
         ConfigError: the model, the device or the budget does not fit; one sentence for the user.
@@ -119,8 +119,9 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
     block_tokens = config.memory.block_tokens
     arena = device.arena(ledger, config)
     undo.callback(arena.close)
+    arena.on_move = wake
     static_range = arena.reserve("static", static.static_bytes)
-    arena.map(static_range, 0, static_range.extents)
+    arena.map(static_range, 0, static_range.extents).finish()
     static_slot = arena.tensor(static_range, 0, (static.static_bytes,), torch.uint8)
     device.fill_static(model, static_slot)
     filler = device.filler(config, model)
@@ -149,6 +150,7 @@ def _assemble(config: EngineConfig, wake: Callable[[], None], undo: ExitStack) -
         arena, cache, pool, ledger.staging_extents, scheduler.remap_blocks, lambda: scheduler.num_running, device.order
     )
     resizer.grow(capacities[0])
+    resizer.publish(wait=True)
     grammars = GrammarCompiler(
         folder / "tokenizer.json", spec.vocab, spec.eos_ids, config.scheduler.grammar_cache, wake
     )

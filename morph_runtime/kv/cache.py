@@ -10,6 +10,7 @@ import torch
 from morph_runtime.errors import IntegrityError
 from morph_runtime.kv.layout import KVLayout
 from morph_runtime.memory.arena import ArenaExhausted, PageArena
+from morph_runtime.memory.moves import Move
 
 CHUNK_BYTES = 16 * 2**20
 """Bytes of one range that a copy or a digest has outside the cache at a time (at least one block)."""
@@ -54,6 +55,7 @@ class KVCache:
         self.quantum_blocks = quantum.blocks
         self.quantum_extents = quantum.extents
         self.mapped_blocks = 0
+        self._growing: tuple[int, list[Move]] | None = None
         self._arena = arena
         self._zeroed = zeroed
         self._extents_per_range = quantum.extents // layout.num_ranges
@@ -87,16 +89,23 @@ class KVCache:
         return self._plane(2 * layer + 1)[:, self.layout.element_bytes :]
 
     def grow(self, quanta: int) -> None:
-        """Map `quanta * quantum_blocks` more blocks.
+        """Map `quanta * quantum_blocks` more blocks, and wait for them; raises as `begin_growth`."""
+        self.begin_growth(quanta)
+        self.end_growth()
+
+    def begin_growth(self, quanta: int) -> None:
+        """Have `quanta * quantum_blocks` more blocks mapped; they are there after `end_growth`, which must follow.
 
         Raises:
             ArenaExhausted: too few free extents; nothing has changed.
-            IntegrityError: it would pass `max_blocks`; nothing has changed.
-            OSError: the system refused a mapping; nothing has changed.
+            IntegrityError: it would pass `max_blocks`, or a growth is under way; nothing has changed.
+            OSError: the system refused a mapping; nothing has changed. It may do so later, too: see `end_growth`.
             ValueError: `quanta` is negative.
         """
         if quanta < 0:
             raise ValueError(f"cannot grow by {quanta} quanta")
+        if self._growing is not None:
+            raise IntegrityError("The KV cache is growing already.")
         blocks = quanta * self.quantum_blocks
         needed = quanta * self.quantum_extents
         if needed > self._arena.free_extents:  # asked here, so that a shortage leaves no range half grown
@@ -104,27 +113,50 @@ class KVCache:
         if self.mapped_blocks + blocks > self.max_blocks:
             raise IntegrityError(f"{self.mapped_blocks} KV blocks cannot grow by {blocks}: {self.max_blocks} at most.")
         first, count = self._mapped_extents(), quanta * self._extents_per_range
+        moves: list[Move] = []
+        try:
+            for span in self._ranges:
+                moves.append(self._arena.map(span, first, count))  # noqa: PERF401 - what came before a refusal counts
+        except OSError:
+            self._call_off(quanta, moves)
+            raise
+        self._growing = quanta, moves
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether `end_growth` would not wait."""
+        return self._growing is None or all(move.done() for move in self._growing[1])
+
+    def end_growth(self) -> None:
+        """Wait for the blocks of the growth under way.
+
+        Raises:
+            OSError: the system refused a mapping; it is as if the growth had not begun.
+        """
+        if self._growing is None:
+            return
+        (quanta, moves), self._growing = self._growing, None
+        reasons = [reason for move in moves if (reason := move.failure()) is not None]
+        if reasons:
+            self._call_off(quanta, moves)
+            raise reasons[0]
         before = self.mapped_blocks
-        for done, span in enumerate(self._ranges):
-            try:
-                self._arena.map(span, first, count)
-            except OSError:
-                for grown in self._ranges[:done]:
-                    self._arena.unmap(grown, first, count)
-                raise
-            if self._zeroed:
-                self._tensors[done][before : before + blocks].zero_()
-        self.mapped_blocks += blocks
+        self.mapped_blocks += quanta * self.quantum_blocks
+        if self._zeroed:
+            for tensor in self._tensors:
+                tensor[before : self.mapped_blocks].zero_()
 
     def shrink(self, quanta: int) -> None:
         """Give the tail's memory back; no block in it may be live.
 
         Raises:
-            IntegrityError: fewer blocks are mapped; nothing has changed.
+            IntegrityError: fewer blocks are mapped, or a growth is under way; nothing has changed.
             ValueError: `quanta` is negative.
         """
         if quanta < 0:
             raise ValueError(f"cannot shrink by {quanta} quanta")
+        if self._growing is not None:
+            raise IntegrityError("The KV cache is growing.")
         if quanta * self.quantum_blocks > self.mapped_blocks:
             raise IntegrityError(f"The KV cache has {self.mapped_blocks} blocks and cannot lose {quanta} quanta.")
         count = quanta * self._extents_per_range
@@ -165,6 +197,12 @@ class KVCache:
         """The elements of one plane, [max_blocks, block_tokens, kv_heads, head_dim]."""
         elements = self._plane(number)[:, : self.layout.element_bytes].view(self.layout.dtype)
         return elements.view(self.max_blocks, *self.layout.block_shape)
+
+    def _call_off(self, quanta: int, moves: Sequence[Move]) -> None:
+        """Take the memory away again that came for a growth; `moves`: by range, as far as they were ordered."""
+        for span, move in zip(self._ranges, moves, strict=False):
+            if move.failure() is None:
+                self._arena.unmap(span, self._mapped_extents(), quanta * self._extents_per_range)
 
     def _mapped_extents(self) -> int:
         return self.mapped_blocks // self.quantum_blocks * self._extents_per_range

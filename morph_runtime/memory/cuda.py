@@ -2,7 +2,8 @@
 
 Physical extents are created once. Moving one between ranges is an unmap and a map of its handle; no
 call waits for the GPU to be idle, so the caller keeps fences (memory.fence). Costs follow the number of
-extents, not the bytes: mapping access is set once per run of pieces.
+extents, not the bytes: mapping access is set once per run of pieces. One thread makes these calls, which release
+Python's lock, so steps are launched meanwhile; access, above all, cannot be set while bytes come from the host.
 
 A tensor over a range is a view of one uint8 tensor that is made when the range is reserved, through
 the CUDA array interface, while its first piece is mapped for a moment: PyTorch asks the driver what
@@ -12,6 +13,7 @@ lies behind the first address.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +35,11 @@ class CudaPageArena(PageArena):
         """
         from cuda.bindings import driver
 
-        super().__init__(total_extents, extent_bytes)
         self._driver: Any = driver
         self._device = device
+        context = self._call(driver.cuCtxGetCurrent())
+        worker = ThreadPoolExecutor(1, "page-moves", self._make_current, (context,))
+        super().__init__(total_extents, extent_bytes, worker)
         prop = driver.CUmemAllocationProp()
         prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         prop.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -80,7 +84,7 @@ class CudaPageArena(PageArena):
     def reserve(self, name: str, nbytes: int) -> VirtualRange:
         """See `PageArena.reserve`. One extent must be free."""
         span = super().reserve(name, nbytes)
-        self.map(span, 0, 1)
+        self.map(span, 0, 1).finish()
         self._bases[name] = torch.as_tensor(_Bytes(span.address, span.extents * self.extent_bytes), device="cuda")
         self.unmap(span, 0, 1)
         return span
@@ -99,8 +103,9 @@ class CudaPageArena(PageArena):
         """Every reserved address has memory for a while: one free extent stands behind all that have none.
 
         For capturing graphs: launchers ask the driver about each pointer that they are given. What is written there
-        meanwhile is lost.
+        meanwhile is lost. Nothing may be ordered meanwhile.
         """
+        self.settle()
         (extent,) = self._free.take(1)
         size, aliases = self.extent_bytes, list[tuple[int, int]]()
         try:
@@ -119,7 +124,9 @@ class CudaPageArena(PageArena):
             self._free.give([extent])
 
     def close(self) -> None:
-        """See `PageArena.close`; waits for the GPU."""
+        """See `PageArena.close`; waits for the worker and the GPU."""
+        assert self._line is not None
+        self._line.close()
         torch.cuda.synchronize(self._device)
         self._bases.clear()
         for span in self._ranges.values():
@@ -132,6 +139,10 @@ class CudaPageArena(PageArena):
         for handle in self._handles:
             self._call(self._driver.cuMemRelease(handle))
         self._handles.clear()
+
+    def _make_current(self, context: Any) -> None:
+        """In the worker: the driver keeps a current context by thread."""
+        self._call(self._driver.cuCtxSetCurrent(context))
 
     def _reserve(self, nbytes: int) -> int:
         # One granule more, so that ranges are never neighbours: running over an end faults.
@@ -147,9 +158,9 @@ class CudaPageArena(PageArena):
                 self._call(self._driver.cuMemMap(address + done * size, size, 0, self._handles[extent + done], 0))
             done = count
             self._call(self._driver.cuMemSetAccess(address, count * size, [self._access], 1))
-        except OSError:
+        except OSError as reason:
             if done:
-                self._unmap(address, done * size)
+                self._take_back(address, done * size, reason)
             raise
 
     def _unmap(self, address: int, nbytes: int) -> None:

@@ -1,7 +1,7 @@
 """The KV resizer: pages that weights gave up become KV blocks, and go back without losing a live block.
 
-Growing publishes capacity last; shrinking lowers it first, moves live blocks out of the tail (copy,
-then patch the block tables), and gives pages back only when the device has done both the copy and the
+Growing publishes capacity last, when the memory is there; shrinking lowers it first, moves live blocks out of
+the tail (copy, then patch the block tables), and gives pages back only when the device has done both the copy and the
 steps that read the old blocks. Block ids and addresses below the tail never change, so attention
 kernels see one growing tensor (DESIGN: page arena).
 """
@@ -37,6 +37,7 @@ class KVResizer:
         self._running = running
         self._order = order
         self._shrinking: tuple[int, Fence] | None = None
+        self._growing = False
         self.has_lent = False
         """Free blocks have been lent to changes and not been taken back."""
         self.blocks_migrated = 0
@@ -48,26 +49,49 @@ class KVResizer:
 
     @property
     def is_settled(self) -> bool:
-        """No shrink is under way."""
-        return self._shrinking is None
+        """The KV cache neither grows nor shrinks, and no page is on its way to anywhere."""
+        return self._shrinking is None and not self._growing and self._arena.is_settled
+
+    def check(self, wait: bool = False) -> None:
+        """See what has come of the pages on their way, of weights too.
+
+        Raises:
+            OSError: the system does not give one back; it is where it was.
+        """
+        if wait:
+            self._arena.settle()
+        else:
+            self._arena.check_moves()
 
     def grow(self, most: int, keep: int = 0) -> int:
-        """Turn spare extents into KV blocks; returns the blocks gained.
+        """Turn spare extents into KV blocks, which can be had after `publish`; returns how many. Call after `finish`.
 
         Args:
             most: blocks to have in the end; the ledger's figure for the level, which leaves room for deeper ones.
             keep: extents to leave free besides the staging area, for changes that follow at once.
 
         Raises:
-            OSError: the system refused a mapping; nothing has changed.
+            OSError: the system refused a mapping; nothing has changed. It may do so later, too: see `publish`.
         """
         spare = (self._arena.free_extents - self._staging - keep) // self._cache.quantum_extents
         quanta = max(0, min(spare, (most - self._cache.mapped_blocks) // self._cache.quantum_blocks))
         if quanta:
-            self._cache.grow(quanta)
-            self._pool.grow(self._cache.mapped_blocks)
+            self._cache.begin_growth(quanta)
+            self._growing = True
         self.has_lent = False
+        self.publish()
         return quanta * self._cache.quantum_blocks
+
+    def publish(self, wait: bool = False) -> None:
+        """Raise the capacity if the memory of the growth under way has come.
+
+        Raises:
+            OSError: the system refused it; nothing has changed since before the growth.
+        """
+        if self._growing and (wait or self._cache.has_grown):
+            self._growing = False
+            self._cache.end_growth()
+            self._pool.grow(self._cache.mapped_blocks)
 
     def lower(self, blocks: int, before_move: Callable[[], None] = lambda: None) -> None:
         """Give up all blocks from `blocks`, whole quanta, on; their pages come back with `finish`.
@@ -107,7 +131,7 @@ class KVResizer:
         At most half of the free tail, so that what runs can go on growing. Nothing moves, nothing is evicted; the pages
         are free after `finish`, as with `lower`.
         """
-        if self._shrinking is not None or extents <= 0:
+        if self._growing or self._shrinking is not None or extents <= 0:
             return
         blocks, cost = self._cache.quantum_blocks, self._cache.quantum_extents
         quanta = min(-(-extents // cost), self._pool.free_tail // 2 // blocks)
@@ -118,9 +142,9 @@ class KVResizer:
             self.has_lent = True
 
     def finish(self, wait: bool = False) -> bool:
-        """Give back the pages of a shrink once nothing reads them; True if none is under way any more."""
+        """Give back the pages of a shrink once nothing reads them; True if neither that nor a growth is under way."""
         if self._shrinking is None:
-            return True
+            return not self._growing
         quanta, fence = self._shrinking
         if wait:
             fence.wait()

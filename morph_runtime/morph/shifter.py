@@ -3,6 +3,9 @@
 As many changes are under way at the same time as the filler takes on and free extents allow. On the
 way down free KV blocks are lent for that, and the pages that a layer gives up serve as room for the next changes
 first and become KV blocks when they are no longer needed, so a walk of many layers gains speed as it goes.
+
+Where the arena has a worker, a layer flips no sooner than one step boundary after its memory was ordered. What is freed
+can be ordered anew at once, as the worker keeps to the order.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from morph_runtime.errors import ConfigError
 from morph_runtime.kv import CannotShrink
 from morph_runtime.memory.arena import ArenaExhausted
 from morph_runtime.memory.fence import DeviceOrder
-from morph_runtime.morph.levels import LevelPlan
+from morph_runtime.morph.levels import LevelPlan, Transition
 from morph_runtime.morph.resizer import KVResizer
 from morph_runtime.morph.swapper import LayerSwapper
 
@@ -68,6 +71,8 @@ class LevelShifter:
         self._room = 0
         """The mildest level for which KV blocks have been given up, on the way up."""
         self._began_s: deque[float] = deque()
+        self._has_spare = False
+        """Pages have come back that may become KV blocks."""
         self._refused_at = -1
         """The level from which no way up was found, and said so; -1: none since the last that was found."""
         self._hold_s = 0.0
@@ -96,12 +101,16 @@ class LevelShifter:
         """Flip layers whose bytes are ready, move pages that nothing reads, begin what can begin; True if the level
         has changed."""
         before = self.level
+        self._resizer.check()
+        self._publish()
+        self._swapper.fill()
         self._flip()
-        released = self._swapper.release()
         if self._begun != self.target:
             self._advance()
+        while self._release():
+            pass
         self._flip()  # a filling that steps can simply be put behind is ready at once
-        if released or self._room < self._begun or (self._resizer.has_lent and self._begun == self.target):
+        if self._has_spare or self._room < self._begun or (self._resizer.has_lent and self._begun == self.target):
             self._regrow()
         return self.level != before
 
@@ -112,10 +121,14 @@ class LevelShifter:
             self.poll()
             if self.level == self.target and not self.busy:
                 self._regrow()
+                self._publish(wait=True)
                 return
             self._swapper.wait()
-            self._swapper.release(wait=True)
+            while self._release(wait=True):
+                pass
+            self._publish(wait=True)
             self._resizer.finish(wait=True)
+            self._resizer.check(wait=True)
 
     def _advance(self) -> None:
         """Begin changes towards the target."""
@@ -128,12 +141,16 @@ class LevelShifter:
         self._direction = direction
         if direction < 0 and not self._make_room():
             return
+        self._begin(direction)
         if direction > 0 and self._resizer.finish():
             free = self._resizer.free_extents
             self._resizer.lend(self._extents_ahead(self._begun, self._swapper.depth - self._swapper.num_pending) - free)
+
+    def _begin(self, direction: int) -> None:
+        """Begin as many changes as there is room for."""
         while self._begun != self.target and (direction > 0 or self._swapper.num_pending < COPIES_AHEAD):
             change = self._plan.transition(self._begun, direction)
-            if (direction < 0 and self._begun == self._room) or not self._swapper.can_begin(change):
+            if (direction < 0 and self._begun == self._room) or not self._can_begin(change):
                 return
             began = self._clock()
             try:
@@ -143,6 +160,28 @@ class LevelShifter:
                 return
             self._began_s.append(began)
             self._begun += direction
+
+    def _can_begin(self, change: Transition) -> bool:
+        """Whether there is room for a change. Pages are given back one layer at a time for that: a mapping is ordered
+        behind no more of it than it needs.
+        """
+        while not self._swapper.can_begin(change):
+            if not self._release():
+                return False
+        return True
+
+    def _release(self, wait: bool = False) -> bool:
+        """Give back the pages of one layer that no step reads any more, if there is one."""
+        released = self._swapper.release(wait)
+        self._has_spare = self._has_spare or released
+        return released
+
+    def _publish(self, wait: bool = False) -> None:
+        """Raise the KV capacity if its memory has come; if the system refused that, pages stay spare."""
+        try:
+            self._resizer.publish(wait)
+        except OSError as reason:
+            self._log_no_growth(reason)
 
     def _extents_ahead(self, level: int, count: int) -> int:
         """Extents that the next changes on the way down need, `count` of them at most, from `level` on."""
@@ -223,5 +262,9 @@ class LevelShifter:
         try:
             self._resizer.grow(self._capacities[self._begun], keep)
         except OSError as reason:
-            logging.getLogger(__name__).error("the KV cache could not grow: %s", reason)
+            self._log_no_growth(reason)
         self._room = self._begun
+        self._has_spare = False
+
+    def _log_no_growth(self, reason: OSError) -> None:
+        logging.getLogger(__name__).error("the KV cache could not grow: %s", reason)

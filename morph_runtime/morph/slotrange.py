@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from morph_runtime.errors import IntegrityError
-from morph_runtime.memory.arena import PageArena
+from morph_runtime.memory.arena import UNMAPPED, PageArena, runs
 from morph_runtime.memory.ledger import slot_pieces, slot_stride
+from morph_runtime.memory.moves import Move
 
 
 class SlotRange:
@@ -31,25 +32,29 @@ class SlotRange:
         """Extents that `map` would take."""
         return sum(1 for piece in self._pieces(place) if not self._users[piece])
 
-    def map(self, place: int) -> None:
-        """Put memory behind a slot. Its content is undefined, except where another slot's pieces reach into it.
+    def map(self, place: int) -> Move:
+        """Put memory behind a slot, which may be touched when this move and all before it are done: a neighbour's may
+        bring a piece of it. Its content is undefined, except where another slot's pieces reach into it.
 
         Raises:
-            ArenaExhausted, OSError: too few free extents, or the system refused; nothing has changed.
+            ArenaExhausted, OSError: too few free extents, or the system refused; nothing has changed. If the move fails
+                later, `unmap` the slot, and those that were mapped behind it.
             IntegrityError: it has memory already; nothing has changed.
         """
         if place in self._mapped:
             raise IntegrityError(f"{self._range.name}: slot {place} has memory already.")
         pieces = self._pieces(place)
         fresh = [piece for piece in pieces if not self._users[piece]]
-        if fresh:  # pieces shared with neighbours lie at the ends, so what is missing is one run
-            self._arena.map(self._range, fresh[0], len(fresh))
+        # Pieces shared with neighbours lie at the ends, so what is missing is one run, or nothing.
+        move = self._arena.map(self._range, fresh[0] if fresh else 0, len(fresh))
         for piece in pieces:
             self._users[piece] += 1
         self._mapped.add(place)
+        return move
 
     def unmap(self, place: int) -> None:
-        """Give the memory of a slot back, but for what its neighbours use.
+        """Give the memory of a slot back, but for what its neighbours use. Its move must be over; if that has failed,
+        there may be none.
 
         Raises:
             IntegrityError: it has no memory; nothing has changed.
@@ -57,9 +62,9 @@ class SlotRange:
         if place not in self._mapped:
             raise IntegrityError(f"{self._range.name}: slot {place} has no memory.")
         pieces = self._pieces(place)
-        stale = [piece for piece in pieces if self._users[piece] == 1]
-        if stale:
-            self._arena.unmap(self._range, stale[0], len(stale))
+        memory = self._range.physical
+        for first, count in runs([p for p in pieces if self._users[p] == 1 and memory[p] != UNMAPPED]):
+            self._arena.unmap(self._range, first, count)
         for piece in pieces:
             self._users[piece] -= 1
         self._mapped.remove(place)

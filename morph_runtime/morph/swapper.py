@@ -1,9 +1,9 @@
 """The layer swapper: decoder layers change their rung while all of them go on serving.
 
 Every rung owns one reserved address range with a slot for each layer, in the order in which layers
-change. A change maps the target's slot, has it filled in the background (MorphServe section 4.3 copies it from
-pinned host memory; here it is quantized from the weights that are already there, or read from the
-checkpoint), flips the dispatch at a step boundary, and gives the source's pages back once the last step
+change. A change orders memory for the target's slot, has it filled in the background once that is there (MorphServe
+section 4.3 copies it from pinned host memory; here it is quantized from the weights that are already there, or read
+from the checkpoint), flips the dispatch at a step boundary, and gives the source's pages back once the last step
 that read them is over. Several changes may be under way; they flip in the order in which they began.
 """
 
@@ -20,6 +20,7 @@ from morph_runtime.errors import IntegrityError
 from morph_runtime.kernels.rung import Rung
 from morph_runtime.memory.arena import PageArena
 from morph_runtime.memory.fence import Fence
+from morph_runtime.memory.moves import Move
 from morph_runtime.morph.filling import Filling, LayerFiller
 from morph_runtime.morph.levels import Transition
 from morph_runtime.morph.slotrange import SlotRange
@@ -27,12 +28,14 @@ from morph_runtime.weights.bound import LayerWeights
 from morph_runtime.weights.slots import LayerSlots
 
 
-@dataclass(frozen=True)
+@dataclass
 class Change:
-    """A transition under way, and its filling."""
+    """A transition under way: its slot gets memory, then bytes."""
 
     transition: Transition
-    filling: Filling
+    mapping: Move
+    filling: Filling | None = None
+    """None: the memory is not there yet."""
 
 
 class LayerSwapper:
@@ -95,13 +98,16 @@ class LayerSwapper:
 
     @property
     def is_settled(self) -> bool:
-        """Nothing is changing, and every page that was given up has come back."""
+        """Nothing is changing, and every page that was given up has been taken back, or is about to be."""
         return not self._pending and not self._retired
 
     @property
     def is_ready(self) -> bool:
-        """Whether `commit` may be called: the oldest change is filled."""
-        return bool(self._pending) and self._pending[0].filling.done()
+        """Whether `commit` may be called: the oldest change is filled, or has got no memory."""
+        if not self._pending:
+            return False
+        oldest = self._pending[0]
+        return oldest.mapping.failed if oldest.filling is None else oldest.filling.done()
 
     def extents_for(self, change: Transition) -> int:
         """Free extents that `begin` needs for this change."""
@@ -118,8 +124,7 @@ class LayerSwapper:
     def load(self) -> None:
         """Map and fill every layer at full precision (at start)."""
         for layer in range(len(self._rungs)):
-            slot = self._map(layer, "full")
-            self._fill_now(layer, "full", slot, None)
+            self._fill_now(layer, "full", self._map(layer, "full"), None)
             self._layers.append(self.bind(layer, "full"))
 
     def bind(self, layer: int, rung: Rung) -> LayerWeights:
@@ -139,15 +144,15 @@ class LayerSwapper:
         if rung == self._rungs[layer]:
             yield self._layers[layer]
             return
-        slot = self._map(layer, rung)
+        mapping = self._map(layer, rung)
         try:
-            self._fill_now(layer, rung, slot, self._layers[layer])
+            self._fill_now(layer, rung, mapping, self._layers[layer])
             yield self.bind(layer, rung)
         finally:
             self._ranges[rung].unmap(self._place[layer])
 
     def begin(self, change: Transition) -> None:
-        """Map the target's slot and start to fill it in the background.
+        """Have the target's slot mapped and filled in the background; `fill` goes on where the memory takes a while.
 
         Raises:
             ArenaExhausted, OSError: too few free extents, or the system refused; nothing has changed.
@@ -156,15 +161,21 @@ class LayerSwapper:
             raise IntegrityError(f"Layer {change.layer} cannot begin to change now.")
         if self._rungs[change.layer] != change.source:
             raise IntegrityError(f"Layer {change.layer} is at {self._rungs[change.layer]}, not at {change.source}.")
-        slot = self._map(change.layer, change.target)
-        # Quantizing needs the full-precision bytes; from another rung they come from the checkpoint.
-        source = self._layers[change.layer] if change.source == "full" else None
+        self._pending.append(Change(change, self._map(change.layer, change.target)))
         try:
-            filling = self._filler.start(self.bind(change.layer, change.target), slot, source, self._wake)
+            self.fill()
         except BaseException:
-            self._ranges[change.target].unmap(self._place[change.layer])
+            self._drop(self._pending.pop())
             raise
-        self._pending.append(Change(change, filling))
+
+    def fill(self) -> None:
+        """Start to fill the slots whose memory has come, in the order in which the changes began."""
+        for change in self._pending:
+            if change.filling is None:
+                # Those behind may share a piece of their memory with it.
+                if not change.mapping.done() or change.mapping.failed:
+                    return
+                change.filling = self._start(change.transition)
 
     def commit(self, behind: Callable[[], Fence]) -> Transition:
         """Flip the oldest change's layer; its source's pages come back with `release`. Call at a step boundary.
@@ -173,12 +184,15 @@ class LayerSwapper:
             behind: makes a fence behind every step that may read the source.
 
         Raises:
-            ConfigError, OSError: it could not be filled. This change and those that began after it are called off.
+            ConfigError, OSError: it got no memory or could not be filled. This change and those that began after it are
+                called off.
         """
         if not self._pending:
             raise IntegrityError("No layer is changing.")
         change, filling = self._pending[0].transition, self._pending[0].filling
         try:
+            self._pending[0].mapping.finish()
+            assert filling is not None
             filling.finish()
         except BaseException:
             self._call_off()
@@ -189,20 +203,26 @@ class LayerSwapper:
         self._retired.append((change, behind()))
         return change
 
-    def release(self, wait: bool = False) -> list[Transition]:
-        """Give pages back that no step reads any more; the transitions whose source is gone."""
-        released = []
-        while self._retired and (wait or self._retired[0][1].done()):
-            change, fence = self._retired.popleft()
-            fence.wait()
-            self._ranges[change.source].unmap(self._place[change.layer])
-            released.append(change)
-        return released
+    def release(self, wait: bool = False) -> bool:
+        """Give back the pages of the layer that was flipped first, if no step reads them any more; False if not.
+
+        They count as free at once: who maps them comes behind in the arena's line.
+        """
+        if not self._retired or not (wait or self._retired[0][1].done()):
+            return False
+        change, fence = self._retired.popleft()
+        fence.wait()
+        self._ranges[change.source].unmap(self._place[change.layer])
+        return True
 
     def wait(self) -> None:
-        """Wait until the oldest change is filled, if there is one."""
+        """Wait until the oldest change is filled, or has got no memory, if there is one."""
         if self._pending:
-            self._pending[0].filling.wait()
+            oldest = self._pending[0]
+            oldest.mapping.wait()
+            self.fill()
+            if oldest.filling is not None:
+                oldest.filling.wait()
 
     def slot_bytes_of(self, layer: int) -> torch.Tensor:
         """The raw bytes of a layer's current slot, uint8 [slot_bytes] (for checks)."""
@@ -230,20 +250,31 @@ class LayerSwapper:
 
     def _call_off(self) -> None:
         """End every change under way: no layer has flipped, the targets' pages come back."""
-        for change in self._pending:
-            change.filling.wait()
-            self._ranges[change.transition.target].unmap(self._place[change.transition.layer])
-        self._pending.clear()
+        while self._pending:
+            self._drop(self._pending.popleft())
 
-    def _fill_now(self, layer: int, rung: Rung, slot: torch.Tensor, source: LayerWeights | None) -> None:
+    def _drop(self, change: Change) -> None:
+        change.mapping.failure()
+        if change.filling is not None:
+            change.filling.wait()
+        self._ranges[change.transition.target].unmap(self._place[change.transition.layer])
+
+    def _start(self, change: Transition) -> Filling:
+        """Fill a slot that has memory."""
+        # Quantizing needs the full-precision bytes; from another rung they come from the checkpoint.
+        source = self._layers[change.layer] if change.source == "full" else None
+        slot = self._slot(change.layer, change.target)
+        return self._filler.start(self.bind(change.layer, change.target), slot, source, self._wake)
+
+    def _fill_now(self, layer: int, rung: Rung, mapping: Move, source: LayerWeights | None) -> None:
         """Fill a slot and wait for it (at start)."""
-        filling = self._filler.start(self.bind(layer, rung), slot, source, lambda: None)
+        mapping.finish()
+        filling = self._filler.start(self.bind(layer, rung), self._slot(layer, rung), source, lambda: None)
         filling.wait()
         filling.finish()
 
     def _slot(self, layer: int, rung: Rung) -> torch.Tensor:
         return self._ranges[rung].slot(self._place[layer])
 
-    def _map(self, layer: int, rung: Rung) -> torch.Tensor:
-        self._ranges[rung].map(self._place[layer])
-        return self._slot(layer, rung)
+    def _map(self, layer: int, rung: Rung) -> Move:
+        return self._ranges[rung].map(self._place[layer])
