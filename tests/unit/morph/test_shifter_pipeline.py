@@ -1,9 +1,11 @@
-"""Several layers change at once on a device that works through a queue: pages move only behind its fences."""
+"""Several layers change at once on a device that works through a queue: pages move only behind its fences, by a
+thread that may take its time and that the system may refuse."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -12,8 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor
 
 from engine.conftest import make_model, submit
-from morph.test_shifter_faults import small_engine
+from memory.stub_driver import HandWorker, StubDriver
+from morph.test_shifter_faults import Clock, small_engine
 from morph_runtime.engine.core import Engine
+from morph_runtime.kernels.rung import Rung
 from morph_runtime.memory.fence import DeviceOrder, Fence
 from morph_runtime.morph.filling import Filling, LayerFiller
 from morph_runtime.weights.bound import LayerWeights
@@ -92,6 +96,60 @@ def queued_engine(folder: Path) -> tuple[Engine, Queue]:
     return engine, queue
 
 
+class Driven:
+    """An engine on a queue whose pages are moved by hand; every step, fill and publication is checked against what is
+    behind the addresses in truth."""
+
+    def __init__(self, folder: Path) -> None:
+        self.engine, self.queue = queued_engine(folder)
+        self.parts = self.engine.parts
+        self.worker = HandWorker()
+        self.driver = StubDriver(self.parts.arena, self.worker)
+        self.clock = Clock()
+        self.parts.shifter._clock = self.clock
+        runner: Any = self.parts.runner
+        self._launch, runner.launch = runner.launch, self.launch
+        filler: Any = self.parts.swapper._filler
+        self._start, filler.start = filler.start, self.start
+
+    def launch(self, *arguments: Any) -> Any:
+        self.check()
+        return self._launch(*arguments)
+
+    def start(self, target: LayerWeights, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]) -> Any:
+        assert self.has_slot(target.layer, target.rung), "filled before its memory is there"
+        assert source is None or self.has_slot(source.layer, source.rung)
+        return self._start(target, slot, source, wake)
+
+    def has_slot(self, layer: int, rung: Rung) -> bool:
+        swapper = self.parts.swapper
+        slots = swapper._ranges[rung]
+        return self.driver.has(slots._range, slots._pieces(swapper._place[layer]))
+
+    def check(self) -> None:
+        """What steps may touch has memory: the layers, those that steps on the queue still read, the KV capacity."""
+        self.driver.check()
+        swapper, cache = self.parts.swapper, self.parts.cache
+        assert all(self.has_slot(layer, rung) for layer, rung in enumerate(swapper.rungs))
+        for change, fence in swapper._retired:
+            assert fence.done() or self.has_slot(change.layer, change.source)
+        blocks = self.parts.pool.capacity
+        if self.parts.resizer._shrinking is not None and not self.parts.resizer._shrinking[1].done():
+            blocks = cache.mapped_blocks
+        pieces = range(-(-blocks * cache.layout.range_block_bytes // self.parts.arena.extent_bytes))
+        assert all(self.driver.has(span, pieces) for span in cache._ranges)
+
+    def get_on(self) -> None:
+        """Queue and driver do all they have."""
+        self.queue.passed = self.queue.made
+        self.worker.step()
+
+    def close(self) -> None:
+        self.parts.arena.settle()
+        assert self.driver.agrees()
+        self.parts.arena.close()
+
+
 def weights_of(engine: Engine) -> list[bytes]:
     swapper = engine.parts.swapper
     return [swapper.slot_bytes_of(layer).numpy().tobytes() for layer in range(engine.parts.spec.layers)]
@@ -104,11 +162,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_machine(folder: Path) -> type[RuleBasedStateMachine]:
     class PipelineMachine(RuleBasedStateMachine):
-        """Targets, requests and steps, while the device lags behind by any amount."""
+        """Targets, requests and steps, while device and driver lag behind by any amount, and mappings are refused."""
 
         @initialize()
         def start(self) -> None:
-            self.engine, self.queue = queued_engine(folder)
+            self.driven = Driven(folder)
+            self.engine, self.queue = self.driven.engine, self.driven.queue
             self.weights = weights_of(self.engine)
             self.key = 0
 
@@ -126,30 +185,52 @@ def make_machine(folder: Path) -> type[RuleBasedStateMachine]:
             for _ in range(count):
                 self.engine.step(decide=False)
 
+        @rule(count=st.integers(1, 4))
+        def steps_while_all_get_on(self, count: int) -> None:
+            for _ in range(count):
+                self.driven.get_on()
+                self.engine.step(decide=False)
+
         @rule(count=st.integers(1, 6))
         def the_device_gets_on(self, count: int) -> None:
             self.queue.passed = min(self.queue.passed + count, self.queue.made)
+
+        @rule(count=st.integers(1, 3))
+        def the_driver_gets_on(self, count: int) -> None:
+            self.driven.worker.step(count)
+
+        @rule(nth=st.integers(1, 6))
+        def a_mapping_will_be_refused(self, nth: int) -> None:
+            self.driven.driver.refuse_map_in = nth
+
+        @rule(seconds=st.sampled_from([0.5, 100.0]))
+        def wait(self, seconds: float) -> None:
+            self.driven.clock.now += seconds
 
         @invariant()
         def books_agree(self) -> None:
             """Slots of flipped layers stay mapped until their fence is done: the swapper's integrity check."""
             if hasattr(self, "engine"):
                 self.engine.check_integrity()
+                self.driven.check()
                 shifter = self.engine.parts.shifter
                 assert self.engine.parts.swapper.rungs == shifter._plan.rungs(shifter.level)
 
         def teardown(self) -> None:
             if not hasattr(self, "engine"):
                 return
-            while self.engine.has_requests:
-                self.queue.passed = self.queue.made
+            self.driven.driver.refuse_map_in = 0
+            while self.engine.has_requests or self.engine.parts.shifter.busy:
+                self.driven.get_on()
                 self.engine.step(decide=False)
             for level in (8, 3, 0):
+                self.driven.clock.now += 1000
                 self.engine.set_level(level)
                 assert self.engine.level == level
                 assert self.engine.parts.pool.capacity == self.engine.parts.capacities[level]
+                assert self.driven.driver.agrees()
             assert weights_of(self.engine) == self.weights
-            self.engine.parts.arena.close()
+            self.driven.close()
 
     return PipelineMachine
 
@@ -176,3 +257,93 @@ def test_a_walk_down_takes_more_layers_with_every_round(folder: Path) -> None:
     assert len(steps) < 4
     assert engine.parts.pool.capacity == engine.parts.capacities[4]
     engine.parts.arena.close()
+
+
+def rounds(driven: Driven, level: int) -> tuple[list[int], int]:
+    """Go to a level, device and driver done with everything between two steps: the level after each step until the last
+    layer has flipped, and the steps until all pages have moved."""
+    shifter, levels = driven.parts.shifter, []
+    shifter.target = level
+    while driven.engine.level != level:
+        driven.engine.step(decide=False)
+        driven.get_on()
+        levels.append(driven.engine.level)
+    count = len(levels)
+    while shifter.busy:
+        driven.engine.step(decide=False)
+        driven.get_on()
+        count += 1
+    assert driven.parts.pool.capacity == driven.parts.capacities[level]
+    return levels, count
+
+
+def test_a_layer_flips_at_the_boundary_after_the_one_that_ordered_its_memory(folder: Path) -> None:
+    """Then one that gives its pages away and orders them for KV blocks, and one that publishes these."""
+    driven = Driven(folder)
+    assert rounds(driven, 1) == ([0, 1], 4)
+    assert rounds(driven, 0)[0][-1] == 0
+    driven.close()
+
+
+def test_a_slow_driver_delays_the_change_and_no_step(folder: Path) -> None:
+    driven = Driven(folder)
+    submit(driven.engine, 1, [5, 6, 7], 40)
+    driven.parts.shifter.target = 4
+    for _ in range(30):
+        driven.queue.passed = driven.queue.made
+        driven.engine.step(decide=False)
+    assert driven.engine.level == 0 and driven.parts.shifter.busy and driven.worker.line
+    assert driven.parts.pool.capacity <= driven.parts.capacities[0]
+    while driven.engine.level < 4 or driven.parts.shifter.busy:
+        driven.worker.step(1)
+        driven.queue.passed = driven.queue.made
+        driven.engine.step(decide=False)
+    assert driven.parts.pool.capacity == driven.parts.capacities[4]
+    driven.close()
+
+
+def test_a_layer_whose_mapping_is_refused_serves_on_with_those_behind_it(folder: Path) -> None:
+    driven = Driven(folder)
+    shifter = driven.parts.shifter
+    weights = weights_of(driven.engine)
+    driven.driver.refuse_map_in = 1
+    shifter.target = 4
+    while shifter.busy or not shifter.counters.refused:
+        driven.engine.step(decide=False)
+        driven.get_on()
+    assert (driven.engine.level, shifter.target, shifter.counters.refused) == (0, 0, 1)
+    assert weights_of(driven.engine) == weights and driven.driver.agrees()
+    driven.clock.now += 1000
+    rounds(driven, 4)
+    driven.close()
+
+
+def test_kv_blocks_whose_memory_is_refused_are_not_published_and_come_with_the_next_change(folder: Path) -> None:
+    driven = Driven(folder)
+    before = driven.parts.pool.capacity
+    shifter = driven.parts.shifter
+    shifter.target = 1
+    while driven.engine.level == 0:
+        driven.engine.step(decide=False)
+        driven.get_on()
+    driven.driver.refuse_map_in = 2
+    while shifter.busy:
+        driven.engine.step(decide=False)
+        driven.get_on()
+    assert driven.driver.refused == 1 and driven.parts.pool.capacity <= before
+    assert driven.driver.agrees()
+    rounds(driven, 2)
+    driven.close()
+
+
+def test_memory_that_cannot_be_taken_away_ends_the_engine_and_stays_accounted_for(folder: Path) -> None:
+    driven = Driven(folder)
+    driven.driver.refuse_unmap_in = 2
+    driven.parts.shifter.target = 4
+    with pytest.raises(OSError, match="no memory to be had back"):
+        for _ in range(100):
+            driven.engine.step(decide=False)
+            driven.get_on()
+    driven.parts.arena.check_integrity()
+    assert driven.driver.agrees()
+    driven.close()
