@@ -18,13 +18,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from functools import partial
 
 import torch
 
 from morph_runtime.errors import IntegrityError, MorphError
-from morph_runtime.memory.moves import Move, MoveLine
+from morph_runtime.memory.moves import Move, MoveLine, MoveWorker
 
 UNMAPPED = -1
 
@@ -52,15 +51,15 @@ class PageArena(ABC):
     """Extents and ranges. Calls come from one thread, but `_map` and `_unmap` from the worker; tensors may be used from
     any."""
 
-    def __init__(self, total_extents: int, extent_bytes: int, worker: Executor | None = None) -> None:
-        """`worker`: one thread that maps and unmaps; None: the calling thread does."""
+    def __init__(self, total_extents: int, extent_bytes: int, worker: MoveWorker | None = None) -> None:
+        """`worker`: maps and unmaps; None: the calling thread does."""
         self.total_extents = total_extents
         self.extent_bytes = extent_bytes
         self.on_move: Callable[[], None] = lambda: None
-        """Called by the worker after every move."""
+        """For a worker to call whenever a move is done."""
         self._free = ExtentList(total_extents)
         self._ranges: dict[str, VirtualRange] = {}
-        self._line = None if worker is None else MoveLine(worker, lambda: self.on_move())
+        self._line = None if worker is None else MoveLine(worker)
 
     @property
     def free_extents(self) -> int:

@@ -13,14 +13,15 @@ lies behind the first address.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from morph_runtime.errors import ConfigError
 from morph_runtime.memory.arena import UNMAPPED, PageArena, VirtualRange, runs
+from morph_runtime.memory.moves import Move, ThreadWorker
 
 
 class CudaPageArena(PageArena):
@@ -37,9 +38,6 @@ class CudaPageArena(PageArena):
 
         self._driver: Any = driver
         self._device = device
-        context = self._call(driver.cuCtxGetCurrent())
-        worker = ThreadPoolExecutor(1, "page-moves", self._make_current, (context,))
-        super().__init__(total_extents, extent_bytes, worker)
         prop = driver.CUmemAllocationProp()
         prop.type = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
         prop.location.type = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
@@ -52,9 +50,6 @@ class CudaPageArena(PageArena):
         if extent_bytes % granularity:
             raise ConfigError(f"memory.extent_kib must be a multiple of {granularity // 1024} on this GPU.")
         self._granularity = granularity
-        self._handles: list[Any] = []
-        self._spans: list[tuple[int, int]] = []
-        self._bases: dict[str, torch.Tensor] = {}
         free, _ = torch.cuda.mem_get_info(device)
         if total_extents * extent_bytes > free:
             raise ConfigError(
@@ -62,6 +57,13 @@ class CudaPageArena(PageArena):
                 f"has {free / 2**30:.3f} GiB free."
             )
         self._prop = prop
+        self._handles: list[Any] = []
+        self._spans: list[tuple[int, int]] = []
+        self._bases: dict[str, torch.Tensor] = {}
+        context = self._call(driver.cuCtxGetCurrent())
+        super().__init__(total_extents, extent_bytes, ThreadWorker("page-moves", lambda: self.on_move()))
+        # The driver keeps a current context by thread; where that fails, so do all moves behind.
+        self._order(Move(partial(self._make_current, context), undo=lambda: None, gives=False), 1)
         self._create(total_extents)
 
     def extend(self, count: int) -> None:

@@ -141,8 +141,9 @@ class LevelShifter:
         self._direction = direction
         if direction < 0 and not self._make_room():
             return
+        has_resized = self._resizer.finish()
         self._begin(direction)
-        if direction > 0 and self._resizer.finish():
+        if direction > 0 and has_resized:
             free = self._resizer.free_extents
             self._resizer.lend(self._extents_ahead(self._begun, self._swapper.depth - self._swapper.num_pending) - free)
 

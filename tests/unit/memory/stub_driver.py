@@ -4,63 +4,51 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
-from typing import Any
 
 from morph_runtime.memory.arena import UNMAPPED, PageArena, VirtualRange
-from morph_runtime.memory.moves import MoveLine
+from morph_runtime.memory.fence import Fence
+from morph_runtime.memory.moves import MoveLine, MoveWorker
 
 
-class HandFuture(Future[Any]):
-    """Waiting for it has the worker do it."""
-
-    def __init__(self, worker: HandWorker) -> None:
-        super().__init__()
-        self._worker = worker
-
-    def result(self, timeout: float | None = None) -> Any:
-        self._worker.step_to(self)
-        return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        self._worker.step_to(self)
-        return super().exception(timeout)
-
-
-class HandWorker(Executor):
-    """One thread's place; the calling thread does one job after the other, when told to or when it waits for one."""
+class HandWorker(MoveWorker):
+    """The calling thread does one thing after the other, when told to or when it waits for one."""
 
     def __init__(self) -> None:
-        self.line: deque[tuple[HandFuture, Callable[[], Any]]] = deque()
+        self.line: deque[tuple[Callable[[], None], HandFence]] = deque()
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> HandFuture:
-        future = HandFuture(self)
-        self.line.append((future, lambda: fn(*args, **kwargs)))
-        return future
+    def put(self, work: Callable[[], None]) -> Fence:
+        fence = HandFence(self)
+        self.line.append((work, fence))
+        return fence
 
     def step(self, count: int | None = None) -> None:
-        """Do some jobs, or all."""
+        """Do some, or all."""
         for _ in range(len(self.line) if count is None else min(count, len(self.line))):
-            future, work = self.line.popleft()
-            try:
-                result = work()
-            except Exception as error:
-                future.set_exception(error)
-            else:
-                future.set_result(result)
+            work, fence = self.line.popleft()
+            work()
+            fence.passed = True
 
-    def step_to(self, future: HandFuture) -> None:
-        while not future.done():
-            self.step(1)
+    def close(self) -> None:
+        self.step()
 
-    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        assert not self.line
+
+class HandFence(Fence):
+    def __init__(self, worker: HandWorker) -> None:
+        self._worker = worker
+        self.passed = False
+
+    def done(self) -> bool:
+        return self.passed
+
+    def wait(self) -> None:
+        while not self.passed:
+            self._worker.step(1)
 
 
 class StubDriver:
     """Stands between an arena and the system: knows what is behind each address in truth, and may refuse calls."""
 
-    def __init__(self, arena: PageArena, worker: Executor) -> None:
+    def __init__(self, arena: PageArena, worker: MoveWorker) -> None:
         self._arena = arena
         self.behind: dict[int, int] = {
             span.address + piece * arena.extent_bytes: extent
@@ -70,15 +58,23 @@ class StubDriver:
         }
         self.refuse_map_in = self.refuse_unmap_in = 0
         """Refuse the n-th such call from now; 0: none."""
+        self.refuses_maps = False
+        """Refuse every such call."""
         self.refused = 0
+        self.in_use: Callable[[], set[int]] = set
+        """Addresses of pieces that the device may still touch."""
         self._system_map, self._system_unmap = arena._map, arena._unmap
         arena._map, arena._unmap = self._map, self._unmap  # type: ignore[method-assign]
-        arena._line = MoveLine(worker, lambda: arena.on_move())
+        arena._line = MoveLine(worker)
 
     def has(self, span: VirtualRange, pieces: range) -> bool:
         """Whether all these pieces have memory in truth, that of the books."""
         size = self._arena.extent_bytes
         return all(self.behind.get(span.address + piece * size) == span.physical[piece] for piece in pieces)
+
+    def addresses(self, span: VirtualRange, pieces: range) -> set[int]:
+        """Of these pieces."""
+        return {span.address + piece * self._arena.extent_bytes for piece in pieces}
 
     def check(self) -> None:
         """No extent is behind two addresses, in truth."""
@@ -93,7 +89,7 @@ class StubDriver:
 
     def _map(self, address: int, extent: int, count: int) -> None:
         self.refuse_map_in -= 1
-        if self.refuse_map_in == 0:
+        if self.refuse_map_in == 0 or self.refuses_maps:
             self.refused += 1
             raise OSError(12, "no mapping to be had")
         self._system_map(address, extent, count)
@@ -107,6 +103,8 @@ class StubDriver:
         if self.refuse_unmap_in == 0:
             self.refused += 1
             raise OSError(5, "no memory to be had back")
+        leaving = range(address, address + nbytes, self._arena.extent_bytes)
+        assert self.in_use().isdisjoint(leaving), "taken away while the device may touch it"
         self._system_unmap(address, nbytes)
-        for at in range(address, address + nbytes, self._arena.extent_bytes):
+        for at in leaving:
             del self.behind[at]

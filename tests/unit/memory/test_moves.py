@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -14,7 +14,8 @@ from memory.stub_driver import HandWorker, StubDriver
 from morph_runtime.errors import IntegrityError
 from morph_runtime.memory.arena import ArenaExhausted, VirtualRange
 from morph_runtime.memory.cpu import CpuPageArena
-from morph_runtime.memory.moves import Move
+from morph_runtime.memory.fence import DoneFence, Fence
+from morph_runtime.memory.moves import Move, MoveWorker, ThreadWorker
 
 EXTENT = 16 * 1024
 SIZES = (5, 9, 16)
@@ -102,7 +103,7 @@ LineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=4
 TestTheLineKeepsTheBooks = LineMachine.TestCase
 
 
-def arena_with(worker: HandWorker | ThreadPoolExecutor) -> tuple[CpuPageArena, StubDriver, list[VirtualRange]]:
+def arena_with(worker: MoveWorker) -> tuple[CpuPageArena, StubDriver, list[VirtualRange]]:
     arena = CpuPageArena(4, EXTENT)
     spans = [arena.reserve(name, 4 * EXTENT) for name in ("one", "two")]
     return arena, StubDriver(arena, worker), spans
@@ -155,7 +156,7 @@ def test_a_mapping_of_several_runs_that_is_refused_half_way_is_taken_back() -> N
     move = arena.map(two, 0, 2)
     later = arena.unmap(one, 1, 1)
     worker.step()
-    with pytest.raises(IntegrityError, match="neither ended .* nor undone"):
+    with pytest.raises(IntegrityError, match=r"neither ended .* nor undone"):
         arena.check_moves()
     arena.check_integrity()
     assert two.mapped == 2 and one.mapped == 2, "half of it may be there: nobody gets these extents"
@@ -187,20 +188,36 @@ def test_whoever_waits_for_an_extent_that_does_not_leave_is_refused_too() -> Non
     arena.close()
 
 
+def wait_for(event: threading.Event) -> None:
+    assert event.wait(60)
+
+
 def test_the_owner_goes_on_while_the_thread_moves_and_is_woken() -> None:
     gate, woken = threading.Event(), threading.Event()
-    worker = ThreadPoolExecutor(1, initializer=gate.wait)
+    worker = ThreadWorker("moves", woken.set)
     arena, driver, (one, two) = arena_with(worker)
-    arena.on_move = woken.set
+    worker.put(partial(wait_for, gate))
     moves = [arena.map(one, 0, 4), arena.unmap(one, 0, 4), arena.map(two, 0, 4)]
     assert not any(move.done() for move in moves) and not woken.is_set()
     arena.check_moves()
     gate.set()
+    moves[-1].wait()
+    assert all(move.done() for move in moves) and driver.agrees() and two.mapped == 4
     assert woken.wait(60)
-    arena.settle()
-    assert driver.agrees() and two.mapped == 4
     arena.unmap(two, 0, 4)
     assert arena._line is not None
     arena._line.close()
-    assert driver.agrees() and not driver.behind, "closing does what was ordered"
+    assert not driver.behind, "closing does what was ordered"
     arena.close()
+
+
+def test_who_is_woken_finds_the_move_done() -> None:
+    found = []
+    worker = ThreadWorker("moves", lambda: found.append(move.done()))
+    move: Fence = DoneFence()
+    ready = threading.Event()
+    worker.put(partial(wait_for, ready))
+    move = worker.put(lambda: None)
+    ready.set()
+    worker.close()
+    assert found == [False, True]

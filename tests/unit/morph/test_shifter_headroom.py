@@ -15,8 +15,9 @@ from engine.test_overlap import overlapped
 from morph.test_shifter_faults import small_engine
 from morph.test_shifter_pipeline import queued_engine
 from morph_runtime.engine.core import Engine
+from morph_runtime.memory.moves import MoveLine, ThreadWorker
 
-KINDS = ("one by one", "overlap", "queue")
+KINDS = ("one by one", "overlap", "queue", "queue and worker")
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +28,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(folder: Path) -> Iterator[dict[str, Engine]]:
     """One engine of each kind for all examples: each leaves it idle."""
-    queued, queue = queued_engine(folder)
-    queue.passed = 1 << 60  # it is never late
-    one = {"one by one": small_engine(folder), "overlap": overlapped(small_engine(folder))[0], "queue": queued}
+    one = {"one by one": small_engine(folder), "overlap": overlapped(small_engine(folder))[0]}
+    for kind in KINDS[2:]:
+        one[kind], queue = queued_engine(folder)
+        queue.passed = 1 << 60  # it is never late
+    arena = one[KINDS[-1]].parts.arena
+    arena._line = MoveLine(ThreadWorker("moves", lambda: None))
     yield one
+    arena._line.close()
     for kind in KINDS:
-        one[kind].parts.arena.close() if kind == "queue" else one[kind].close()
+        one[kind].parts.arena.close() if kind in KINDS[2:] else one[kind].close()
 
 
 def finish(engine: Engine) -> None:

@@ -18,6 +18,7 @@ from memory.stub_driver import HandWorker, StubDriver
 from morph.test_shifter_faults import Clock, small_engine
 from morph_runtime.engine.core import Engine
 from morph_runtime.kernels.rung import Rung
+from morph_runtime.memory.arena import VirtualRange
 from morph_runtime.memory.fence import DeviceOrder, Fence
 from morph_runtime.morph.filling import Filling, LayerFiller
 from morph_runtime.weights.bound import LayerWeights
@@ -97,47 +98,50 @@ def queued_engine(folder: Path) -> tuple[Engine, Queue]:
 
 
 class Driven:
-    """An engine on a queue whose pages are moved by hand; every step, fill and publication is checked against what is
-    behind the addresses in truth."""
+    """An engine on a queue whose pages are moved by hand. What steps and fills touch must have memory, in truth, from
+    when they are put into the queue until a fence behind them has passed."""
 
     def __init__(self, folder: Path) -> None:
         self.engine, self.queue = queued_engine(folder)
         self.parts = self.engine.parts
         self.worker = HandWorker()
         self.driver = StubDriver(self.parts.arena, self.worker)
+        self.driver.in_use = self.in_use
         self.clock = Clock()
         self.parts.shifter._clock = self.clock
+        self.uses: list[tuple[int, set[int]]] = []
+        """What was put into the queue: how many fences were made before, addresses of the pieces that it touches."""
         runner: Any = self.parts.runner
         self._launch, runner.launch = runner.launch, self.launch
         filler: Any = self.parts.swapper._filler
         self._start, filler.start = filler.start, self.start
 
     def launch(self, *arguments: Any) -> Any:
-        self.check()
+        self.use([*self.kv(), *(self.slot(layer, rung) for layer, rung in enumerate(self.parts.swapper.rungs))])
         return self._launch(*arguments)
 
     def start(self, target: LayerWeights, slot: Tensor, source: LayerWeights | None, wake: Callable[[], None]) -> Any:
-        assert self.has_slot(target.layer, target.rung), "filled before its memory is there"
-        assert source is None or self.has_slot(source.layer, source.rung)
+        self.use([self.slot(one.layer, one.rung) for one in (target, source) if one is not None])
         return self._start(target, slot, source, wake)
 
-    def has_slot(self, layer: int, rung: Rung) -> bool:
+    def slot(self, layer: int, rung: Rung) -> tuple[VirtualRange, range]:
         swapper = self.parts.swapper
         slots = swapper._ranges[rung]
-        return self.driver.has(slots._range, slots._pieces(swapper._place[layer]))
+        return slots._range, slots._pieces(swapper._place[layer])
 
-    def check(self) -> None:
-        """What steps may touch has memory: the layers, those that steps on the queue still read, the KV capacity."""
-        self.driver.check()
-        swapper, cache = self.parts.swapper, self.parts.cache
-        assert all(self.has_slot(layer, rung) for layer, rung in enumerate(swapper.rungs))
-        for change, fence in swapper._retired:
-            assert fence.done() or self.has_slot(change.layer, change.source)
-        blocks = self.parts.pool.capacity
-        if self.parts.resizer._shrinking is not None and not self.parts.resizer._shrinking[1].done():
-            blocks = cache.mapped_blocks
-        pieces = range(-(-blocks * cache.layout.range_block_bytes // self.parts.arena.extent_bytes))
-        assert all(self.driver.has(span, pieces) for span in cache._ranges)
+    def kv(self) -> list[tuple[VirtualRange, range]]:
+        """What lies behind the capacity."""
+        cache, extent_bytes = self.parts.cache, self.parts.arena.extent_bytes
+        pieces = range(-(-self.parts.pool.capacity * cache.layout.range_block_bytes // extent_bytes))
+        return [(span, pieces) for span in cache._ranges]
+
+    def use(self, touched: list[tuple[VirtualRange, range]]) -> None:
+        assert all(self.driver.has(*one) for one in touched), "used before its memory is there"
+        self.uses.append((self.queue.made, set().union(*(self.driver.addresses(*one) for one in touched))))
+
+    def in_use(self) -> set[int]:
+        self.uses = [(made, touched) for made, touched in self.uses if made >= self.queue.passed]
+        return set().union(*(touched for _, touched in self.uses))
 
     def get_on(self) -> None:
         """Queue and driver do all they have."""
@@ -212,9 +216,10 @@ def make_machine(folder: Path) -> type[RuleBasedStateMachine]:
             """Slots of flipped layers stay mapped until their fence is done: the swapper's integrity check."""
             if hasattr(self, "engine"):
                 self.engine.check_integrity()
-                self.driven.check()
+                self.driven.driver.check()
                 shifter = self.engine.parts.shifter
                 assert self.engine.parts.swapper.rungs == shifter._plan.rungs(shifter.level)
+                assert shifter.busy or self.driven.driver.agrees()
 
         def teardown(self) -> None:
             if not hasattr(self, "engine"):
@@ -318,6 +323,29 @@ def test_a_layer_whose_mapping_is_refused_serves_on_with_those_behind_it(folder:
     driven.close()
 
 
+def test_layers_that_all_get_no_memory_are_called_off_together(folder: Path) -> None:
+    driven = Driven(folder)
+    shifter, swapper = driven.parts.shifter, driven.parts.swapper
+    shifter.target = 4
+    for _ in range(3):
+        driven.engine.step(decide=False)
+        driven.queue.passed = driven.queue.made
+    assert swapper.num_pending > 1
+    driven.driver.refuses_maps = True
+    driven.worker.step()
+    assert driven.driver.refused > 1
+    driven.engine.step(decide=False)
+    assert swapper.num_pending == 0 and driven.engine.level == 0
+    driven.driver.refuses_maps = False
+    while shifter.busy:
+        driven.engine.step(decide=False)
+        driven.get_on()
+    assert driven.driver.agrees()
+    driven.clock.now += 1000
+    rounds(driven, 4)
+    driven.close()
+
+
 def test_kv_blocks_whose_memory_is_refused_are_not_published_and_come_with_the_next_change(folder: Path) -> None:
     driven = Driven(folder)
     before = driven.parts.pool.capacity
@@ -341,9 +369,7 @@ def test_memory_that_cannot_be_taken_away_ends_the_engine_and_stays_accounted_fo
     driven.driver.refuse_unmap_in = 2
     driven.parts.shifter.target = 4
     with pytest.raises(OSError, match="no memory to be had back"):
-        for _ in range(100):
-            driven.engine.step(decide=False)
-            driven.get_on()
+        rounds(driven, 4)
     driven.parts.arena.check_integrity()
     assert driven.driver.agrees()
     driven.close()
