@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import statistics
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -47,7 +48,8 @@ class HostTime:
         self.polls: list[float] = []
         """Milliseconds at each step boundary."""
         self.ms: Counter[str] = Counter()
-        """Of these, by part: `map` and `unmap` (calls to the driver), `fill` (what enqueues the new bytes)."""
+        """Of these, by part: `fill` (what enqueues the new bytes), `map` and `unmap` (calls to the driver). Those that
+        the arena's thread makes beside the steps: `worker_map`, `worker_unmap`."""
         self.extents: Counter[str] = Counter()
 
     def clear(self) -> None:
@@ -59,9 +61,10 @@ class HostTime:
         """For a result; `quiet_ms`: of a step boundary at which nothing changes."""
         total = sum(self.polls) - quiet_ms * len(self.polls)
         parts = {f"host_{name}_ms": self.ms[name] for name in ("map", "unmap", "fill")}
+        worker = {f"{name}_ms": self.ms[name] for name in ("worker_map", "worker_unmap")}
         return {
             "host_ms": total, "host_max_ms": max(self.polls), **parts, "host_rest_ms": total - sum(parts.values()),
-            "mapped_extents": self.extents["map"], "unmapped_extents": self.extents["unmap"],
+            **worker, "mapped_extents": self.extents["map"], "unmapped_extents": self.extents["unmap"],
         }  # fmt: skip
 
 
@@ -81,12 +84,17 @@ def timed_host(engine: Engine) -> Iterator[HostTime]:
 
         return run
 
+    stepping = threading.current_thread()
+
+    def whose(call: str) -> str:
+        return call if threading.current_thread() is stepping else f"worker_{call}"
+
     def mapped(ms: float, address: int, extent: int, count: int) -> None:
-        spent.ms["map"] += ms
+        spent.ms[whose("map")] += ms
         spent.extents["map"] += count
 
     def unmapped(ms: float, address: int, nbytes: int) -> None:
-        spent.ms["unmap"] += ms
+        spent.ms[whose("unmap")] += ms
         spent.extents["unmap"] += nbytes // arena.extent_bytes
 
     def filled(ms: float, *arguments: Any) -> None:

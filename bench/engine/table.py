@@ -158,6 +158,9 @@ def shifts(result: Row) -> str:
             parts = " / ".join(f"{middle[f'host_{name}_ms']:.2f}" for name in ("map", "unmap", "fill", "rest"))
             moved = f"{middle['mapped_extents']} extents mapped, {middle['unmapped_extents']} unmapped"
             rows.append((f"of these: map / unmap / fill / rest ({moved})", parts, "–"))
+        if middle.get("worker_map_ms"):
+            beside = f"{middle['worker_map_ms']:.2f} / {middle['worker_unmap_ms']:.2f}"
+            rows.append(("beside the steps: map / unmap, ms", beside, "–"))
         add("one layer down: flipped at step boundary, latest", max(r["boundaries"] for r in layer["down"]), 2, ".0f")
         name = f"first down against number {len(layer['down'])}: host"
         add(name + ("" if layer["first_of_all"] else " (NOT the first of all)"), layer["first_to_last_host"], 1.2)

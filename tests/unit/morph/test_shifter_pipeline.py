@@ -290,6 +290,14 @@ def test_a_layer_flips_at_the_boundary_after_the_one_that_ordered_its_memory(fol
     driven.close()
 
 
+def test_pages_are_ordered_anew_at_the_boundary_at_which_they_are_lent_or_freed(folder: Path) -> None:
+    """The first layer's from staging; the second's are lent then, and ordered when that flips; what it frees is ordered
+    for the others one boundary later, when no step reads it, and they flip at the next."""
+    driven = Driven(folder)
+    assert rounds(driven, 4)[0] == [0, 1, 2, 4]
+    driven.close()
+
+
 def test_a_slow_driver_delays_the_change_and_no_step(folder: Path) -> None:
     driven = Driven(folder)
     submit(driven.engine, 1, [5, 6, 7], 40)
