@@ -61,7 +61,8 @@ class OwnerLink:
         """Find the owner and wait until its engine is ready.
 
         Raises:
-            ConfigError, EngineDown: as the owner's start; or it could not be found within `timeout_s` seconds.
+            ConfigError, EngineDown: as the owner's start; or it could not be found within `timeout_s` seconds, or
+                somebody else has taken its place.
         """
         deadline_s = time.monotonic() + timeout_s
         while True:
@@ -72,6 +73,8 @@ class OwnerLink:
                 if time.monotonic() >= deadline_s:
                     raise EngineDown(f"The first instance of the model was not there within {timeout_s:g} s.") from None
             self._closing.wait(AGAIN_S)
+        if not self._place.fellow(self._socket):
+            raise EngineDown("What answers in the first instance's place is no instance of this server.")
         self.tell(Hello(self._place.index))
         self._socket.settimeout(max(deadline_s - time.monotonic(), AGAIN_S))
         try:

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import socket
-import struct
 import threading
 from collections.abc import Callable
 from itertools import zip_longest
@@ -38,7 +37,6 @@ from morph_backend.place import Place
 from morph_backend.recorder import MetricsRecorder
 from morph_runtime.engine.handle import KeeperListener, ServingEngine
 from morph_runtime.engine.messages import Cancel, EngineInfo, EngineStats, Finished, SetMode, StepOutput, Submit
-from morph_runtime.engine.orphan import parent_of
 from morph_runtime.engine.wire import FrameReader, FrameWriter
 from morph_runtime.errors import ConfigError, EngineDown
 
@@ -215,13 +213,10 @@ class Branches:
                     logging.getLogger(__name__).exception("no more instances can come")
                     self.on_defect(THREAD)
                 return
-            pid, uid, _group = struct.unpack(
-                "3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            )
-            if uid == os.getuid() and parent_of(pid) == self._place.server:
+            if pid := self._place.fellow(connection):
                 Branch(self, connection, pid).start()
-            else:  # whoever it is, it is no instance of this model
-                logging.getLogger(__name__).warning("process %d has no business here", pid)
+            else:
+                logging.getLogger(__name__).warning("a process that is no instance of this server was turned away")
                 connection.close()
 
 

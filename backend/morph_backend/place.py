@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from morph_runtime.engine.orphan import parent_of
 from morph_runtime.errors import ConfigError
 
 MOST = 32
@@ -43,6 +46,13 @@ class Place:
         if count > MOST:
             raise ConfigError(f"instance_group: count must be at most {MOST}, but is {count}.")
         return Place(int(number[1]), count, server, model)
+
+    def fellow(self, connection: socket.socket) -> int:
+        """The process id of the other end of a Unix socket; 0 if it is not an instance of this server's, for a name
+        without a file may be taken and called by any user of the machine."""
+        size = struct.calcsize("3i")
+        pid, uid, _group = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size))
+        return int(pid) if uid == os.getuid() and parent_of(pid) == self.server else 0
 
     @property
     def address(self) -> str:

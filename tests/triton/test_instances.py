@@ -119,8 +119,8 @@ def test_streams_of_all_instances_go_on_after_the_engines_end(tmp_path: Path) ->
         "MORPH_MAX_NUM_SEQS": "8",
     }
     server = TritonServer(tmp_path, environment)
-    sampling = {"max_tokens": 150, "temperature": 0, "ignore_eos": True}
-    prompts = [f"Chapter {at}. It was" for at in range(8)]
+    sampling = {"max_tokens": 60, "temperature": 0, "ignore_eos": True}
+    prompts = [f"Chapter {at}. It was" for at in range(6)]
     try:
         server.wait_ready(120).wait_metrics()
         expected = [text_of(GrpcStream(server).ask(prompt, sampling).rest()) for prompt in prompts]

@@ -406,6 +406,23 @@ def test_a_process_that_is_no_instance_of_this_server_is_turned_away(family: Fam
     assert stranger.returncode == 0 and len(family.branches._connected) == 1
 
 
+def test_a_stranger_in_the_owners_place_is_told_nothing() -> None:
+    place = Place(1, 2, os.getppid(), ("taken", os.urandom(6).hex()))
+    code = (
+        "import socket, sys; s = socket.socket(socket.AF_UNIX); s.bind('\\0' + sys.argv[1]); s.listen();"
+        "print('up', flush=True); c, _ = s.accept(); sys.exit(0 if c.recv(1) == b'' else 1)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, place.address[1:]], stdout=subprocess.PIPE, text=True
+    ) as stranger:
+        assert stranger.stdout is not None and stranger.stdout.readline() == "up\n"
+        link = OwnerLink(place)
+        with pytest.raises(EngineDown, match="no instance of this server"):
+            link.start(60)
+        link._socket.close()
+        assert stranger.wait(60) == 0
+
+
 def test_the_owner_is_drained_when_all_processes_are(family: Family, tmp_path: Any) -> None:
     control = ControlFolder(tmp_path)
     control.ask_drain(30.0)
