@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,9 +152,13 @@ def storm(weather: Weather, folder: Path) -> Report:
 
 def _run(server: TritonServer, weather: Weather, report: Report, clock: false_clock.FalseClock | None) -> None:
     known = check.references(server, weather.max_tokens)
-    for way in sorted(set(plan.WAYS)):  # so that whatever is made at first use is there
-        for _ in range(MOST_CLIENTS):
-            streams.run(server, plan.Ask(0, plan.samplings(9)[0], way, 2), 30.0)
+    asks = [plan.Ask(0, plan.samplings(9)[0], way, 2) for way in sorted(set(plan.WAYS))]
+    with ThreadPoolExecutor(3 * MOST_CLIENTS) as crowd:
+        # So that whatever is made at first use is there: one after the other, and with a backlog in Triton's queue.
+        for ask in asks:
+            for _ in range(MOST_CLIENTS):
+                streams.run(server, ask, 30.0)
+        list(crowd.map(lambda ask: streams.run(server, ask, 30.0), asks * MOST_CLIENTS))
     check.wait_idle(server)
     report.before = check.footprint(server)
     calm_restarts = int(server.metric("morph_engine_restarts_total"))
