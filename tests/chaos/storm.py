@@ -35,6 +35,7 @@ class Weather:
         silence_s: after which a stopped engine counts as wedged.
         clock: set the server's wall clock at random, as often as there are faults; needs libfaketime.
         device: the engine's, `cpu` or `cuda`; what a GPU has computed is computed again on the CPU.
+        instances: serving processes of the model.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class Weather:
     silence_s: int = 4
     clock: bool = False
     device: str = "cpu"
+    instances: int = 1
 
 
 @dataclass
@@ -100,7 +102,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "seed": self.weather.seed, "seconds": self.weather.seconds, "levels": self.weather.levels,
-            "device": self.weather.device, "streams": self.verdict.ended, "left": self.verdict.left,
+            "device": self.weather.device, "instances": self.weather.instances,
+            "streams": self.verdict.ended, "left": self.verdict.left,
             "wrong": len(self.verdict.wrong),
             "shifted": len(self.verdict.shifted), "replayed_tokens": self.verdict.replayed,
             "near_ties": self.verdict.ties, "blamed": self.verdict.blamed,
@@ -117,7 +120,11 @@ def storm(weather: Weather, folder: Path) -> Report:
     engine: dict[str, Any] = {"memory": {"kv_tokens": 8192 if weather.levels == "fixed" else 1024}}
     engine["cache"] = {"reuse": "exact"}
     repository = real_repository(
-        folder / "repository", engine, ENGINE_SILENCE_SECONDS=str(weather.silence_s), MAX_REQUEST_SECONDS="240"
+        folder / "repository",
+        engine,
+        instances=weather.instances,
+        ENGINE_SILENCE_SECONDS=str(weather.silence_s),
+        MAX_REQUEST_SECONDS="240",
     )
     environment = {
         "MORPH_MODEL_REPOSITORY": str(repository),
