@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterable
 from enum import Enum
+from typing import Protocol
 
 from morph_runtime.credits import CreditLimits, EngineNews, may_enter
 
@@ -20,6 +21,21 @@ class Admitted(Enum):
     YES = "yes"
     GAVE_UP = "gave up"
     CLOSED = "closed"
+
+
+class Admitting(Protocol):
+    """What the service takes: `Admission`, or a way to that of another process. Each method is described there."""
+
+    @property
+    def waiting(self) -> int: ...
+    def set_limits(self, limits: CreditLimits) -> None: ...
+    def acquire(
+        self, keys: Collection[int], prompt_tokens: int, give_up: Callable[[], bool], poll_s: float = 0.05
+    ) -> Admitted: ...
+    def release(self, keys: Iterable[int]) -> None: ...
+    def stepped(self, keys: Iterable[int], news: EngineNews) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
 
 
 class Admission:

@@ -14,10 +14,18 @@ from morph_backend.worker import Worker
 class DrainDuty:
     """Once a drain is asked for: refuse new requests, let the open ones end, cut them off at the deadline."""
 
-    def __init__(self, service: Service, control: ControlFolder, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        service: Service,
+        control: ControlFolder,
+        clock: Callable[[], float] = time.monotonic,
+        undrained: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`undrained`: other processes of the model that may have open requests; each of them drains by itself."""
         self._service = service
         self._control = control
         self._clock = clock
+        self._undrained = undrained
         self._deadline: float | None = None
         self._told = False
 
@@ -31,7 +39,7 @@ class DrainDuty:
             self._service.refuse(SHUTTING_DOWN)
         if self._service.num_open and self._clock() >= self._deadline:
             self._service.abort(SHUTTING_DOWN)
-        if not self._service.num_open and not self._told:
+        if not self._told and not self._service.num_open and not self._undrained():
             self._told = True
             self._control.say("drained")
 

@@ -136,10 +136,10 @@ def joined(run: Sequence[Tokens]) -> Tokens:
 class OpenRequests:
     """The requests without a FINAL, by the keys of their outputs. Safe to use from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, first_key: int = 1) -> None:
         self._lock = threading.Lock()
         self._by_key: dict[int, tuple[OpenRequest, int]] = {}
-        self._next_key = 1
+        self._next_key = first_key
 
     def __len__(self) -> int:
         """Requests, however many outputs they have."""

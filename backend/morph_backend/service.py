@@ -7,10 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import Any, Protocol
+from typing import Any
 
 from morph_backend.accounting import RequestAccounting
-from morph_backend.admission import Admission, Admitted
+from morph_backend.admission import Admission, Admitted, Admitting
 from morph_backend.channel import ResponseChannel, Status
 from morph_backend.engine_metrics import EngineMetrics
 from morph_backend.fan_out import submissions
@@ -25,7 +25,8 @@ from morph_backend.send_watch import SendTimes
 from morph_backend.senders import SenderPool
 from morph_backend.vocabulary import check_prompt, spell_bad_words
 from morph_runtime.credits import CreditLimits, EngineNews
-from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, Submit, TokenDelta
+from morph_runtime.engine.handle import ServingEngine
+from morph_runtime.engine.messages import Decision, EngineInfo, EngineStats, QueueSignal, StepOutput, TokenDelta
 from morph_runtime.errors import EngineDown, RequestError
 from morph_runtime.slo import SloClass, check_class
 from morph_runtime.text.assembler import OutputAssembler
@@ -33,19 +34,8 @@ from morph_runtime.text.parameters import ParameterLimits
 from morph_runtime.text.tokenizer import Tokenizer, check_context
 
 SHUTTING_DOWN = "The server is shutting down."
-THREADS = ("execute", "engine-reader", "housekeeper", "metrics", "queue-nudger", "queue-watch", "send-watch")
+THREADS = ("branch", "execute", "engine-reader", "housekeeper", "metrics", "queue-nudger", "queue-watch", "send-watch")
 """Threads whose defects are counted, from 0 on; those that send join them with their first."""
-
-
-class Engine(Protocol):
-    """What the service needs of `morph_runtime.engine.client.EngineClient`."""
-
-    def start(self, timeout_s: float = 120.0) -> EngineInfo: ...
-    def submit(self, request: Submit) -> None: ...
-    def cancel(self, key: int) -> None: ...
-    def publish_queue(self, signal: QueueSignal) -> None: ...
-    def set_mode(self, mode: str = "", cap: float | None = None) -> None: ...
-    def close(self, drain_s: float = 0.0) -> None: ...
 
 
 class Service:
@@ -65,9 +55,14 @@ class Service:
         on_gone: Callable[[str], None] = lambda _reason: None,
         classes: Sequence[SloClass] = (),
         admin_key: str = "",
+        admission: Admitting | None = None,
+        engine_metrics: EngineMetrics | None = None,
+        first_key: int = 1,
     ) -> None:
         """`on_decisions` is told of the controller's decisions; `on_gone` why nothing can be served any more;
         `classes` are those that requests may name; `admin_key` is what requests that change the controller must have.
+        `admission` gives out credits, None: for `line` requests; `engine_metrics` hears of the engine, None: on
+        `recorder`; outputs are numbered from `first_key` on.
         """
         self._tokenizer = tokenizer
         self._recorder = recorder
@@ -77,13 +72,13 @@ class Service:
         self._on_decisions, self._on_gone = on_decisions, on_gone
         self._classes, self._admin_key = classes, admin_key
         self._line = line
-        self._admission = Admission(CreditLimits(line))
-        self._engine_metrics = EngineMetrics(recorder)
+        self._admission: Admitting = admission or Admission(CreditLimits(line))
+        self._engine_metrics = engine_metrics or EngineMetrics(recorder)
         self._lock = threading.Lock()
-        self._open = OpenRequests()
+        self._open = OpenRequests(first_key)
         self.sends = SendTimes()
         self._refusal = ""  # why no request is taken any more; guarded by _lock
-        self._engine: Engine | None = None
+        self._engine: ServingEngine | None = None
         self._up = False
         self._over = False  # `on_down` has been called; the engine may still run
         self._info: EngineInfo | None = None
@@ -93,7 +88,7 @@ class Service:
 
     # -- life ----------------------------------------------------------------------------------------------------
 
-    def attach(self, engine: Engine, info: EngineInfo) -> None:
+    def attach(self, engine: ServingEngine, info: EngineInfo) -> None:
         """Connect the started engine; before it no request may be handled."""
         self._engine, self._info, self._up = engine, info, True
         self._admission.set_limits(CreditLimits(self._line, info.max_num_batched_tokens, info.max_num_seqs))
@@ -305,7 +300,6 @@ class Service:
 
     def on_restarting(self, reason: str) -> None:
         """The engine has ended and another one is started; requests wait for it, the open ones will go on."""
-        logging.getLogger(__name__).error("the engine has ended: %s", reason)
         self._up = False
         # Nobody but the line until the new engine has run a step: who comes meanwhile can time out in Triton's queue.
         self._admission.stepped((), EngineNews(short_of_blocks=True))

@@ -26,6 +26,7 @@ from replays import in_process, read_load, through_triton, warm
 from served import VARIANTS, Prompts, Target, write_repository
 from streams import Workers, figures, middle, repeats
 
+from morph_backend.launcher.launch_settings import default_instances
 from morph_client.server_process import EmbeddedServer, StartFailed
 
 START_S = 240.0
@@ -106,13 +107,15 @@ def run_job(job: Mapping[str, Any]) -> dict[str, Any]:
             found["start_s"], found["base_blocks"] = info.start_s, info.base_blocks
         else:
             repository = write_repository(room, settings)
-            environment = {**os.environ, "MORPH_MODEL_REPOSITORY": str(repository)}
+            instances = os.environ.get("MORPH_INSTANCES") or str(default_instances())
+            environment = {**os.environ, "MORPH_MODEL_REPOSITORY": str(repository), "MORPH_INSTANCES": instances}
             log = room / "server.log"
             server = EmbeddedServer(settings["morph"].get("mode", "balanced"), log, environment=environment)
             with server:
                 try:
                     start_s = server.wait_ready(START_S)
                     found = _triton_job(job, target, prompts, server, folder)
+                    found["instances"] = int(instances)
                 except StartFailed as error:
                     raise SystemExit(f"{error}\n{error.log_tail}") from None
                 found["start_s"] = start_s

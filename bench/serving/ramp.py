@@ -1,6 +1,7 @@
 """A burst of streams through Triton into an engine that costs nothing: what queue, serving process and gRPC take.
 
-    python bench/serving/ramp.py [--streams 64] [--tokens 300] [--step-ms 6] [--clients 1] [--repeat 3] [--json FILE]
+    python bench/serving/ramp.py [--streams 64] [--tokens 300] [--step-ms 6] [--clients 1] [--repeat 3] [--instances 1]
+                                 [--json FILE]
 
 The engine is the tests' own: a step takes `--step-ms`, whatever is in it, and gives each stream a token. All streams
 are asked for at the same moment, by so many client processes. Prints a line per burst: the figures of the job `streams`
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300, help="of each stream; at most 480")
     parser.add_argument("--step-ms", type=float, default=6.0)
     parser.add_argument("--clients", type=int, default=1, help="client processes")
+    parser.add_argument("--instances", type=int, default=1, help="serving processes of the model")
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -54,7 +56,8 @@ def main() -> None:
         folder = write_tiny_model(room / "model")
         environment = {
             "MORPH_MODEL": str(folder), "FAKE_STEP_MS": f"{given.step_ms:g}",
-            "MORPH_MODEL_REPOSITORY": str(fake_repository(room / "repository")), "MORPH_MAX_NUM_SEQS": "256",
+            "MORPH_MODEL_REPOSITORY": str(fake_repository(room / "repository", instances=given.instances)),
+            "MORPH_MAX_NUM_SEQS": "256",
         }  # fmt: skip
         server = TritonServer(room, environment)
         try:

@@ -212,6 +212,7 @@ class EngineKeeper:
         if run.produced or (not run.wedged and self._clock() - run.ready_s > STEADY_S):
             self._patience.well_started()
         reason = f"It did not answer for {self._settings.silence_s:g} s." if run.wedged else run.down
+        logging.getLogger(__name__).error("the engine has ended: %s", reason)
         with self._telling:
             self._listener.on_restarting(reason)
         run.engine.close()  # may take seconds

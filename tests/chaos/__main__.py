@@ -30,6 +30,7 @@ def main() -> int:
     parser.add_argument("--clock", action="store_true", help="set the server's wall clock at random; needs libfaketime")
     parser.add_argument("--max-tokens", type=int, default=180)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="the engine's")
+    parser.add_argument("--instances", type=int, default=1, help="serving processes of the model")
     parser.add_argument("--json", type=Path, help="write the figures there")
     given = parser.parse_args()
     if given.clock and false_clock.library() is None:
@@ -46,7 +47,7 @@ def main() -> int:
         report = run(
             storm.Weather(
                 seed, given.seconds, given.every, tuple(given.faults.split(",")), levels, given.max_tokens,
-                clock=given.clock, device=given.device,
+                clock=given.clock, device=given.device, instances=given.instances,
             )
         )  # fmt: skip
         found.append(report.as_json())

@@ -140,16 +140,17 @@ class Footprint:
 
 
 def processes(server: TritonServer) -> dict[str, int]:
-    """The ids of tritonserver, stub and engine, as far as they live."""
-    found = {}
-    for pid in server.family():
+    """The ids of `server`, `stub` and `engine`, as far as they live; those of further stubs are `stub 2` and so on."""
+    found: dict[str, int] = {}
+    for pid in sorted(server.family()):
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
         except OSError:
             continue
         for name, mark in {"engine": b"engine.process", "stub": b"backend_stub", "server": b"/tritonserver"}.items():
             if mark in command.split(b"\0--")[0] or (name == "engine" and mark in command):
-                found[name] = pid
+                alike = sum(known.split()[0] == name for known in found)
+                found[f"{name} {alike + 1}" if alike else name] = pid
                 break
     return found
 

@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Weather:
         silence_s: after which a stopped engine counts as wedged.
         clock: set the server's wall clock at random, as often as there are faults; needs libfaketime.
         device: the engine's, `cpu` or `cuda`; what a GPU has computed is computed again on the CPU.
+        instances: serving processes of the model.
     """
 
     seed: int
@@ -45,6 +47,7 @@ class Weather:
     silence_s: int = 4
     clock: bool = False
     device: str = "cpu"
+    instances: int = 1
 
 
 @dataclass
@@ -99,7 +102,8 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         return {
             "seed": self.weather.seed, "seconds": self.weather.seconds, "levels": self.weather.levels,
-            "device": self.weather.device, "streams": self.verdict.ended, "left": self.verdict.left,
+            "device": self.weather.device, "instances": self.weather.instances,
+            "streams": self.verdict.ended, "left": self.verdict.left,
             "wrong": len(self.verdict.wrong),
             "shifted": len(self.verdict.shifted), "replayed_tokens": self.verdict.replayed,
             "near_ties": self.verdict.ties, "blamed": self.verdict.blamed,
@@ -116,7 +120,11 @@ def storm(weather: Weather, folder: Path) -> Report:
     engine: dict[str, Any] = {"memory": {"kv_tokens": 8192 if weather.levels == "fixed" else 1024}}
     engine["cache"] = {"reuse": "exact"}
     repository = real_repository(
-        folder / "repository", engine, ENGINE_SILENCE_SECONDS=str(weather.silence_s), MAX_REQUEST_SECONDS="240"
+        folder / "repository",
+        engine,
+        instances=weather.instances,
+        ENGINE_SILENCE_SECONDS=str(weather.silence_s),
+        MAX_REQUEST_SECONDS="240",
     )
     environment = {
         "MORPH_MODEL_REPOSITORY": str(repository),
@@ -151,9 +159,13 @@ def storm(weather: Weather, folder: Path) -> Report:
 
 def _run(server: TritonServer, weather: Weather, report: Report, clock: false_clock.FalseClock | None) -> None:
     known = check.references(server, weather.max_tokens)
-    for way in sorted(set(plan.WAYS)):  # so that whatever is made at first use is there
-        for _ in range(MOST_CLIENTS):
-            streams.run(server, plan.Ask(0, plan.samplings(9)[0], way, 2), 30.0)
+    asks = [plan.Ask(0, plan.samplings(9)[0], way, 2) for way in sorted(set(plan.WAYS))]
+    with ThreadPoolExecutor(3 * MOST_CLIENTS) as crowd:
+        # So that whatever is made at first use is there: one after the other, and with a backlog in Triton's queue.
+        for ask in asks:
+            for _ in range(MOST_CLIENTS):
+                streams.run(server, ask, 30.0)
+        list(crowd.map(lambda ask: streams.run(server, ask, 30.0), asks * MOST_CLIENTS))
     check.wait_idle(server)
     report.before = check.footprint(server)
     calm_restarts = int(server.metric("morph_engine_restarts_total"))

@@ -66,7 +66,7 @@ def _disturb(
         late = time.monotonic() - (began + fault.at_s) > LATE_S
         if (late or server.metric("morph_engine_up") != 1) and not _rest(server, weather.every_s / 2, over):
             return
-        pid, now = _find(server, "stub" if fault.what == "stop stub" else "engine"), time.monotonic()
+        pid, now = _find(server, _victim(fault, report)), time.monotonic()
         if over.is_set():
             return
         try:
@@ -83,6 +83,14 @@ def _disturb(
         else:
             over.wait(fault.for_s)
             _let_go(pid, fault, report)
+
+
+def _victim(fault: plan.Fault, report: Report) -> str:
+    """The process that a fault strikes; of several serving processes each in its turn."""
+    if fault.what != "stop stub":
+        return "engine"
+    turn = report.done.count(fault.what) % report.weather.instances
+    return f"stub {turn + 1}" if turn else "stub"
 
 
 def _rest(server: TritonServer, for_s: float, over: threading.Event) -> bool:

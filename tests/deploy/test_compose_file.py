@@ -23,6 +23,9 @@ def test_every_setting_reaches_the_check_and_the_server(name: str) -> None:
     given = services()[name]["environment"]
     fixed = {"MORPH_MODEL": "/model", "MORPH_COST_CACHE": "/tmp/costs"}
     fixed |= {"MORPH_DEVICE": "cpu" if name.endswith("cpu") else "cuda"}
-    others = ("MORPH_DRAIN_S", "MORPH_LOG_LEVEL", "MORPH_LOG_VERBOSE", "MORPH_TRITON_ARGS", "MORPH_ADMIN_KEY")
+    others = (
+        *("MORPH_DRAIN_S", "MORPH_INSTANCES", "MORPH_LOG_LEVEL", "MORPH_LOG_VERBOSE", "MORPH_TRITON_ARGS"),
+        "MORPH_ADMIN_KEY",
+    )
     passed = {name: f"${{{name}:-{'30' if name == 'MORPH_DRAIN_S' else ''}}}" for name in (*ENVIRONMENT, *others)}
     assert given == {name: text for name, text in {**passed, **fixed}.items() if name not in FILES}

@@ -23,21 +23,24 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 
-def fake_repository(folder: Path, **replacements: str) -> Path:
-    """The product's repository with the fake engine; `replacements` as in `real_repository`."""
-    real_repository(folder, **replacements)
+def fake_repository(folder: Path, *, instances: int = 1, **replacements: str) -> Path:
+    """The product's repository with the fake engine; arguments as of `real_repository`."""
+    real_repository(folder, instances=instances, **replacements)
     version = folder / "morph" / "1"
     shutil.copy(HERE / "repository" / "model.py", version / "model.py")
     shutil.copy(HERE / "fake_engine.py", version / "fake_engine.py")
     return folder
 
 
-def real_repository(folder: Path, engine: dict[str, Any] | None = None, **replacements: str) -> Path:
+def real_repository(
+    folder: Path, engine: dict[str, Any] | None = None, *, instances: int = 1, **replacements: str
+) -> Path:
     """The product's repository; `engine` goes into model.json, `replacements` change config.pbtxt: its fields by name,
     its parameters by name in capitals."""
     shutil.copytree(ROOT / "model_repository", folder)
     path = folder / "morph" / "config.pbtxt"
-    config = path.read_text()
+    config, count = re.subn(r"(instance_group \[ { count): \d+", rf"\g<1>: {instances}", path.read_text())
+    assert count == 1
     for name, value in replacements.items():
         pattern, new = rf"^( *){name}: .*$", rf"\g<1>{name}: {value}"
         if name.isupper():

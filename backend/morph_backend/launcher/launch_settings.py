@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import secrets
 import shlex
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from morph_backend.place import MOST
 from morph_runtime.config import ENVIRONMENT
 from morph_runtime.errors import ConfigError
 
@@ -26,6 +28,8 @@ class LaunchSettings:
     metrics_port: int
     repository: Path | None
     """Model repository; None: the checkout's, else the packaged one."""
+    instances: int | None
+    """Serving processes of the model; None: as many as the repository's `config.pbtxt` says."""
     verbose: bool
     """Whether all of Triton's log is printed."""
     triton: Path | None
@@ -65,6 +69,7 @@ _OPTIONS: tuple[tuple[str, str, str], ...] = (
     ("--grpc-port", "MORPH_GRPC_PORT", "gRPC port (8001)"),
     ("--metrics-port", "MORPH_METRICS_PORT", "metrics port (8002)"),
     ("--model-repository", "MORPH_MODEL_REPOSITORY", "model repository with a folder 'morph'"),
+    ("--instances", "MORPH_INSTANCES", "processes that read, detokenize and send (one for every five processors)"),
     ("--triton-dir", "MORPH_TRITON_DIR", "an installed Triton, such as /opt/tritonserver (the embedded one)"),
     ("--triton-args", "MORPH_TRITON_ARGS", "further arguments for tritonserver, as one text"),
     ("--drain-seconds", "MORPH_DRAIN_S", "seconds for open streams to end at shutdown (30)"),
@@ -120,6 +125,7 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
         grpc_port=_port(values, "MORPH_GRPC_PORT", 8001),
         metrics_port=_port(values, "MORPH_METRICS_PORT", 8002),
         repository=Path(repository).resolve() if repository else None,
+        instances=_instances(values, "MORPH_INSTANCES", own=not repository),
         verbose=verbose or values.get("MORPH_LOG_VERBOSE", "") not in ("", "0"),
         triton=Path(triton).resolve() if triton else None,
         triton_arguments=_words(values, "MORPH_TRITON_ARGS"),
@@ -138,6 +144,20 @@ def _key(values: Mapping[str, str], name: str) -> str:
     if key and not re.fullmatch(r"[A-Za-z0-9_-]{16,128}", key):
         raise ConfigError(f"{name} must be 16 to 128 letters, digits, '-' or '_'.")
     return key or secrets.token_urlsafe(24)
+
+
+def default_instances() -> int:
+    """One for every five processors, at most eight; see bench/serving."""
+    return max(1, min(8, len(os.sched_getaffinity(0)) // 5))
+
+
+def _instances(values: Mapping[str, str], name: str, *, own: bool) -> int | None:
+    """`own`: the repository is ours, so that nobody has chosen a number there."""
+    if not (text := values.get(name, "")):
+        return default_instances() if own else None
+    if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST):
+        raise ConfigError(f"{name} must be a number between 1 and {MOST}, but is '{text}'.")
+    return int(text)
 
 
 def _words(values: Mapping[str, str], name: str) -> Sequence[str]:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import importlib.resources
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -15,6 +16,7 @@ from morph_backend.launcher.launch_settings import LaunchSettings
 from morph_backend.launcher.processes import processes_of
 from morph_backend.launcher.triton_files import STUB, TritonFiles
 from morph_backend.settings import checkout_root
+from morph_runtime.errors import ConfigError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = "morphserve-"
@@ -67,7 +69,31 @@ class RunFolder:
         return copy
 
     def repository(self, settings: LaunchSettings) -> Path:
-        """The model repository: the one asked for, the checkout's, or the packaged one written out."""
+        """The model repository: the one asked for, the checkout's, or the packaged one written out; with as many
+        instances of the model as are asked for.
+
+        Raises:
+            ConfigError: its `config.pbtxt` does not say in our way how many there are.
+        """
+        given = self._repository(settings)
+        config = given / "morph" / "config.pbtxt"
+        if settings.instances is None or not config.is_file():
+            return given
+        text = config.read_text(encoding="utf-8")
+        changed, found = re.subn(r"(instance_group \[ \{ count: )\d+", rf"\g<1>{settings.instances}", text)
+        if found != 1:
+            raise ConfigError(f"MORPH_INSTANCES: '{config}' has no line `instance_group [ {{ count: 1 ... }} ]`.")
+        if changed == text:
+            return given
+        folder = self.path / "repository"
+        (folder / "morph").mkdir(parents=True)
+        for source in (*given.iterdir(), *(given / "morph").iterdir()):
+            if source not in (config, given / "morph"):
+                (folder / source.relative_to(given)).symlink_to(source)
+        (folder / "morph" / "config.pbtxt").write_text(changed, encoding="utf-8")
+        return folder
+
+    def _repository(self, settings: LaunchSettings) -> Path:
         if settings.repository is not None:
             return settings.repository
         root = checkout_root()

@@ -65,6 +65,65 @@ def test_bad_drain_and_equal_ports() -> None:
         launch_settings(["--http-port", "8002"], {})
 
 
+@pytest.mark.parametrize("value", ["0", "-1", "x", "33", "２"])
+def test_bad_numbers_of_instances(value: str) -> None:
+    with pytest.raises(ConfigError, match="MORPH_INSTANCES must be a number between 1 and 32"):
+        launch_settings([], {"MORPH_INSTANCES": value})
+
+
+def repository(folder: Path, instances: str = "instance_group [ { count: 2 kind: KIND_MODEL } ]") -> Path:
+    for model in ("morph", "another"):
+        (folder / model / "1").mkdir(parents=True)
+        (folder / model / "config.pbtxt").write_text(f'name: "{model}"\n{instances}\n')
+        (folder / model / "1" / "model.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def run() -> Iterator[RunFolder]:
+    run = RunFolder()
+    yield run
+    run.remove()
+
+
+def test_as_many_instances_as_are_asked_for_and_nothing_else_is_changed(run: RunFolder, tmp_path: Path) -> None:
+    given = repository(tmp_path)
+    made = run.repository(launch_settings(["--model-repository", str(given)], {"MORPH_INSTANCES": "4"}))
+    assert made != given
+    assert (made / "morph" / "config.pbtxt").read_text() == (
+        'name: "morph"\ninstance_group [ { count: 4 kind: KIND_MODEL } ]\n'
+    )
+    assert (made / "morph" / "1" / "model.json").read_text() == "{}"
+    assert (made / "another" / "config.pbtxt").read_text() == (given / "another" / "config.pbtxt").read_text()
+    assert "count: 2" in (given / "morph" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize("number", ["", "2"])
+def test_a_repository_that_says_how_many_instances_there_are_is_served_as_it_is(
+    run: RunFolder, tmp_path: Path, number: str
+) -> None:
+    given = repository(tmp_path)
+    assert run.repository(launch_settings(["--model-repository", str(given)], {"MORPH_INSTANCES": number})) == given
+
+
+def test_a_repository_that_says_it_in_another_way_is_not_changed_behind_its_owners_back(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    given = repository(tmp_path, "")
+    assert run.repository(launch_settings(["--model-repository", str(given)], {})) == given
+    with pytest.raises(ConfigError, match=r"MORPH_INSTANCES: '.*config\.pbtxt' has no line `instance_group"):
+        run.repository(launch_settings(["--model-repository", str(given)], {"MORPH_INSTANCES": "3"}))
+
+
+def test_our_own_repository_has_as_many_instances_as_the_processors_allow(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for processors, instances in ((1, 1), (9, 1), (16, 3), (32, 6), (128, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, n=processors: range(n))
+        assert launch_settings([], {}).instances == instances
+    assert "count: 8 kind" in (run.repository(launch_settings([], {})) / "morph" / "config.pbtxt").read_text()
+
+
 def test_python_and_numpy() -> None:
     check_python((3, 11), "1.26.4")
     with pytest.raises(ConfigError, match=r"Python 3\.13 cannot run the embedded Triton"):
