@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +49,8 @@ class Bench:
     """The engine that is measured."""
 
     engine: Engine
+    woken: threading.Event
+    """Set whenever a thread of the engine's has done something."""
     driver: Driver
     roofline: Roofline
     memory: Memory

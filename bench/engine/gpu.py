@@ -16,6 +16,7 @@ import logging
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -158,7 +159,8 @@ def start(given: argparse.Namespace, folder: Path, result: dict[str, Any]) -> Be
         scale = replace(scale, batches=given.batches)
     memory = Memory(given.device)
     began = time.monotonic()
-    engine = build_engine(EngineConfig.from_mapping(settings))
+    woken = threading.Event()
+    engine = build_engine(EngineConfig.from_mapping(settings), woken.set)
     parts, layers = engine.parts, engine.parts.spec.layers
     result["start_s"] = time.monotonic() - began
     result |= {"shape": given.shape, "settings": settings, "torch": torch.__version__}
@@ -176,7 +178,7 @@ def start(given: argparse.Namespace, folder: Path, result: dict[str, Any]) -> Be
     longest = settings["model"]["max_model_len"]
     print(json.dumps(result), flush=True)
     return Bench(
-        engine, Driver(engine), roofline, memory, scale, {rung: levels[rung] for rung in rungs}, longest, result
+        engine, woken, Driver(engine), roofline, memory, scale, {rung: levels[rung] for rung in rungs}, longest, result
     )
 
 

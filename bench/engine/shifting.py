@@ -12,6 +12,8 @@ from engine_driver import Company, HostTime, quantile, spread, timed_host
 from kernel_trace import kernels_of, side_ms
 from memory_watch import Watch
 
+from morph_runtime.engine.process import SHIFT_POLL_S
+
 Row = dict[str, Any]
 
 
@@ -175,7 +177,11 @@ def _paced(bench: Bench, first: int, swing: int, every_steps: int = 7) -> Row:
 
 
 def upcopy(bench: Bench) -> dict[str, float]:
-    """All layers up with nobody there, against the rate at which pinned memory is copied in this run."""
+    """All layers up with nobody there, against the rate at which pinned memory is copied in this run.
+
+    The loop waits as the engine's process does: one that asks without a pause keeps the interpreter's lock from the
+    thread that maps, which asks for it after each call of the driver.
+    """
     engine, device = bench.engine, torch.device(bench.engine.parts.config.device)
     nbytes = engine.parts.ledger.slot_bytes["full"] * bench.layers
     result: dict[str, float] = {"h2d_gb_s": pinned_rate(device, bench.scale.copy_mib << 20)}
@@ -183,7 +189,9 @@ def upcopy(bench: Bench) -> dict[str, float]:
         engine.set_level(bench.layers)
         began, engine.parts.shifter.target = time.monotonic(), 0
         while engine.level or engine.parts.shifter.busy:
+            bench.woken.clear()
             engine.step(decide=False)
+            bench.woken.wait(SHIFT_POLL_S)
         result[f"{name}_gb_s"] = nbytes / (time.monotonic() - began) / 1e9
     result["h2d_after_gb_s"] = pinned_rate(device, bench.scale.copy_mib << 20)
     best = max(result["h2d_gb_s"], result["h2d_after_gb_s"])

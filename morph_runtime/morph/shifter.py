@@ -128,7 +128,7 @@ class LevelShifter:
                 pass
             self._publish(wait=True)
             self._resizer.finish(wait=True)
-            self._resizer.check(wait=True)
+            self._resizer.check(wait=not self._swapper.num_pending)
 
     def _advance(self) -> None:
         """Begin changes towards the target."""

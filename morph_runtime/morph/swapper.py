@@ -216,13 +216,15 @@ class LayerSwapper:
         return True
 
     def wait(self) -> None:
-        """Wait until the oldest change is filled, or has got no memory, if there is one."""
-        if self._pending:
-            oldest = self._pending[0]
-            oldest.mapping.wait()
-            self.fill()
-            if oldest.filling is not None:
-                oldest.filling.wait()
+        """Wait for what the changes under way need next, if there are any: memory, so that copies follow each other
+        without a gap, or else the bytes of the oldest."""
+        for change in self._pending:
+            if change.filling is None and not change.mapping.failed:
+                change.mapping.wait()
+                self.fill()
+                return
+        if self._pending and (oldest := self._pending[0].filling) is not None:
+            oldest.wait()
 
     def slot_bytes_of(self, layer: int) -> torch.Tensor:
         """The raw bytes of a layer's current slot, uint8 [slot_bytes] (for checks)."""

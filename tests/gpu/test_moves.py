@@ -77,9 +77,10 @@ def test_closing_does_what_was_ordered(arena: Any) -> None:
 
 
 def test_while_an_engine_serves_only_the_arenas_thread_maps_and_unmaps(tmp_path: Path) -> None:
+    """A layer is 19 MB, so that it has extents of its own."""
     engine = build_engine(EngineConfig.from_mapping({
         "device": "cuda",
-        "model": {"path": str(make_model(tmp_path, kv_heads=2)), "dtype": "bfloat16"},
+        "model": {"path": str(make_model(tmp_path, kv_heads=16, width=8)), "dtype": "bfloat16"},
         "memory": {"kv_tokens": 512, "block_tokens": 16},
         "scheduler": {"max_num_seqs": 8, "max_num_batched_tokens": 48},
         "morph": {"mode": "off", "ladder": ["w8", "w4"], "costs": "off"},

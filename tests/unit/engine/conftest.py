@@ -18,11 +18,13 @@ from morph_runtime.engine.messages import SamplingParams, Submit
 EngineFactory = Callable[..., Engine]
 
 
-def make_model(folder: Path, *, kv_heads: int, seed: int = 0, vocab: int = 200, positions: int = 256) -> Path:
-    """A Llama with random weights large enough that quantization shows in its logits."""
+def make_model(
+    folder: Path, *, kv_heads: int, seed: int = 0, vocab: int = 200, positions: int = 256, width: int = 1
+) -> Path:
+    """A Llama with random weights large enough that quantization shows in its logits; `width` makes it wider."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+        hidden_size=128 * width, intermediate_size=256 * width, num_hidden_layers=4, num_attention_heads=4 * width,
         num_key_value_heads=kv_heads, head_dim=32, vocab_size=vocab, max_position_embeddings=positions,
         tie_word_embeddings=True, initializer_range=0.15, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
