@@ -8,6 +8,7 @@ Triton's queue, and with it priorities, timeouts and the pending count, real.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from enum import Enum
 from typing import Protocol
@@ -48,12 +49,12 @@ class Admission:
         """Prompt tokens of each output that holds a credit."""
         self._changed = threading.Condition()
         self._closed = False
-        self._waiting = 0
+        self._queue: deque[object] = deque()  # of those who wait: the first to come enters first
 
     @property
     def waiting(self) -> int:
         """Requests that wait for a credit right now."""
-        return self._waiting
+        return len(self._queue)
 
     def set_limits(self, limits: CreditLimits) -> None:
         """The engine is known now."""
@@ -72,8 +73,9 @@ class Admission:
             give_up: asked at least every `poll_s` seconds and after each `wake`; True ends the wait.
             poll_s: seconds.
         """
+        place = object()
         with self._changed:
-            self._waiting += 1
+            self._queue.append(place)
             try:
                 while True:
                     if self._closed:
@@ -81,12 +83,15 @@ class Admission:
                     if give_up():
                         return Admitted.GAVE_UP
                     held, tokens = sum(self._holders.values()), prompt_tokens * len(keys)
-                    if may_enter(self._limits, self._news, len(self._holders), held, len(keys), tokens):
+                    if self._queue[0] is place and may_enter(
+                        self._limits, self._news, len(self._holders), held, len(keys), tokens
+                    ):
                         self._holders.update(dict.fromkeys(keys, prompt_tokens))
                         return Admitted.YES
                     self._changed.wait(poll_s)
             finally:
-                self._waiting -= 1
+                self._queue.remove(place)
+                self._changed.notify_all()  # the next one's turn
 
     def release(self, keys: Iterable[int]) -> None:
         """Give back the credits of `keys`; those that hold none are passed over."""
@@ -113,5 +118,5 @@ class Admission:
     def _give_back(self, keys: Iterable[int]) -> None:
         for key in keys:
             self._holders.pop(key, None)
-        if self._waiting:
+        if self._queue:
             self._changed.notify_all()

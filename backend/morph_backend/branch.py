@@ -54,6 +54,7 @@ class OwnerLink:
         self._writer = FrameWriter(self._socket)
         self._reader: FrameReader[ToBranch] = FrameReader(self._socket, msgspec.msgpack.Decoder(ToBranch))
         self._closing = threading.Event()
+        self._met = False
         self._thread: threading.Thread | None = None
         self.admission = OwnerAdmission(self.tell)
 
@@ -75,6 +76,7 @@ class OwnerLink:
             self._closing.wait(AGAIN_S)
         if not self._place.fellow(self._socket):
             raise EngineDown("What answers in the first instance's place is no instance of this server.")
+        self._met = True
         self.tell(Hello(self._place.index))
         self._socket.settimeout(max(deadline_s - time.monotonic(), AGAIN_S))
         try:
@@ -116,8 +118,9 @@ class OwnerLink:
     def close(self, drain_s: float = 0.0) -> None:
         """Say good-bye; no word follows."""
         self._closing.set()
-        with contextlib.suppress(EngineDown):
-            self.tell(Bye())
+        if self._met:
+            with contextlib.suppress(EngineDown):
+                self.tell(Bye())
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         if self._thread is not None and self._thread is not threading.current_thread():
@@ -143,11 +146,13 @@ class OwnerLink:
                         listener.on_restarted()
                     case Down(why):
                         listener.on_down(why)
+                    case Bye():
+                        self._closing.set()
         except Exception as error:  # whatever it was must reach `on_down`, or every stream would hang
             logging.getLogger(__name__).exception("the owner's messages could not be handled")
             reason = f"The engine's messages could not be handled ({error})."
+        self.admission.close()
         if not self._closing.is_set():
-            self.admission.close()
             listener.on_down(reason)
 
 

@@ -57,7 +57,7 @@ class Gone(msgspec.Struct, frozen=True, tag="gone"):
 
 
 class Bye(msgspec.Struct, frozen=True, tag="bye"):
-    """The branch ends as it should; its last word."""
+    """The one who says it ends as it should; its last word."""
 
 
 ToOwner = Hello | Ask | GiveUp | Release | Counted | Drained | Gone | Bye | Submit | Cancel | SetMode
@@ -98,4 +98,4 @@ class Down(msgspec.Struct, frozen=True, tag="down"):
     reason: str
 
 
-ToBranch = Welcome | Refused | Answer | StepOutput | Restarting | Restarted | Down
+ToBranch = Welcome | Refused | Answer | StepOutput | Restarting | Restarted | Down | Bye

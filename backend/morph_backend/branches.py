@@ -40,8 +40,9 @@ from morph_runtime.engine.messages import Cancel, EngineInfo, EngineStats, Finis
 from morph_runtime.engine.wire import FrameReader, FrameWriter
 from morph_runtime.errors import ConfigError, EngineDown
 
-REFUSED_WITHIN_S = 5.0
+REFUSED_WITHIN_S = 60.0
 """A start that fails waits so long for the branches that are still to be told."""
+LOADED = "The model is loaded already, and cannot be loaded beside itself with several instances"
 THREAD = "branch"
 """As defects of all threads here are counted."""
 
@@ -78,12 +79,12 @@ class Branches:
         """Let the branches come.
 
         Raises:
-            ConfigError: another model of this name and version is loaded in this server.
+            ConfigError: a model of this name and version is loaded in this server, or somebody has taken its place.
         """
         try:
             self._socket.bind(self._place.address)
         except OSError as error:
-            raise ConfigError(f"The model is loaded already: its instances could not meet ({error}).") from None
+            raise ConfigError(f"{LOADED}, or another program has taken its instances' place ({error}).") from None
         self._socket.listen(self._place.count)
         self._thread.start()
 
@@ -103,7 +104,7 @@ class Branches:
         self.close()
 
     def close(self) -> None:
-        """End the connections."""
+        """Say good-bye, and end the connections."""
         with self._lock:
             self._closing = True
             branches = list(self._connected.values())
@@ -111,20 +112,20 @@ class Branches:
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
         for branch in branches:
+            branch.tell(Bye())
             branch.close()
 
     def kill(self) -> None:
         """End the processes that are still connected, at once: the server has died."""
         for branch in list(self._connected.values()):
-            if not branch.over:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(branch.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(branch.pid, signal.SIGKILL)
 
     @property
     def undrained(self) -> int:
         """Branches that may have open requests."""
         with self._lock:
-            return sum(not (branch.drained or branch.over) for branch in self._connected.values())
+            return sum(not branch.drained for branch in self._connected.values())
 
     # -- what the keeper tells ---------------------------------------------------------------------------------------
 
@@ -187,6 +188,9 @@ class Branches:
     def welcome(self, branch: Branch) -> None:
         """A branch has said its name."""
         with self._lock:
+            if branch.index in self._connected:  # of a model that is loaded anew while this one serves
+                branch.tell(Refused(f"{LOADED}.", user_error=True))
+                return
             self._connected[branch.index] = branch
             if self._info is not None:
                 branch.tell(Welcome(self._info))
@@ -194,9 +198,14 @@ class Branches:
                 branch.tell(Down(self._down))
             self._lock.notify_all()
 
-    def lost(self, branch: Branch) -> None:
-        """A connection has ended without a word: the process has, and Triton does not end its streams."""
-        if not self._closing:
+    def ended(self, branch: Branch, *, in_order: bool) -> None:
+        """A connection has ended. If that was without a word, the process has, and Triton does not end its streams."""
+        with self._lock:
+            if self._connected.get(branch.index) is not branch:
+                return
+            del self._connected[branch.index]
+        # With the server's own end each process ends by itself, in any order.
+        if not in_order and not self._closing and os.getppid() == self._place.server:
             self.on_down(f"A serving process of the model ({branch.pid}) has ended.")
 
     def _tell_all(self, message: msgspec.Struct) -> None:
@@ -269,7 +278,7 @@ class Branch:
             self._hang_up()
 
     def _hang_up(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it may have ended
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def _write(self) -> None:
@@ -315,6 +324,7 @@ class Branch:
                 self._given_up = True
                 owner.admission.wake()
             case Release(keys):
+                self._keys.difference_update(keys)
                 owner.admission.release(keys)
             case Counted(counts, observations):
                 owner.recorder.count_all(((name, labels), value) for name, labels, value in counts)
@@ -343,6 +353,7 @@ class Branch:
     def _end(self) -> None:
         """Nobody is left to hear: its requests are given up."""
         self.over = True
+        self._hang_up()
         self._asked.put(None)
         self._outbox.put(None)
         self._owner.admission.wake()
@@ -350,5 +361,6 @@ class Branch:
             with contextlib.suppress(EngineDown):
                 self._owner.engine.cancel(key)
         self._owner.admission.release(list(self._keys))
-        if not self._left:
-            self._owner.lost(self)
+        self._threads[0].join()  # what it has to say finds nobody
+        self._socket.close()
+        self._owner.ended(self, in_order=self._left)

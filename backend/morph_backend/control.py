@@ -57,7 +57,7 @@ class ControlFolder:
         if self._folder is None:
             return
         try:
-            partial = self._folder / f".{name}.partial"
+            partial = self._folder / f".{name}.{os.getpid()}.partial"  # instances may say the same at once
             partial.write_text(text, encoding="utf-8")
             os.replace(partial, self._folder / name)
         except OSError as error:

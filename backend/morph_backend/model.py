@@ -137,7 +137,7 @@ class TritonPythonModel:
         config = file.config
         if not file.log_stats:
             settings = replace(settings, report_custom_metrics=False)
-        place = Place.of(args, model_config, self._parent_watch.parent)
+        self._place = place = Place.of(args, model_config, self._parent_watch.parent)
         tokenizer = Tokenizer.from_folder(resolve_model_folder(config.model.path))
         recorder = MetricsRecorder(settings.report_custom_metrics)
         make = functools.partial(
@@ -198,8 +198,7 @@ class TritonPythonModel:
 
     def _join(self, place: Place, make: Callable[..., Service], settings: BackendSettings) -> EngineInfo:
         """Serve with the engine of the first instance."""
-        self._link = link = OwnerLink(place)
-        self._control = BranchControl(self._control, link)
+        link = OwnerLink(place)
         self._service = make(
             on_gone=link.gone,
             admission=link.admission,
@@ -211,6 +210,7 @@ class TritonPythonModel:
         except (ConfigError, EngineDown):
             link.close()
             raise
+        self._link, self._control = link, BranchControl(self._control, link)
         self._service.attach(link, info)
         link.listen(self._service)
         return info
@@ -273,6 +273,7 @@ class TritonPythonModel:
             self._nudger = QueueNudger(
                 self._nudges.open,
                 self._backlog,
+                sharers=self._place.count,
                 on_sent=functools.partial(recorder.count, "morph_queue_nudges_total"),
                 on_defect=defect,
             )

@@ -44,6 +44,7 @@ class QueueNudger:
         connect: Callable[[Callable[[], None]], NudgeStream],
         backlog: Callable[[], int],
         *,
+        sharers: int = 1,
         on_sent: Callable[[], None] = lambda: None,
         on_defect: Callable[[str], None] = lambda _thread: None,
         pause_s: float = 0.002,
@@ -57,6 +58,7 @@ class QueueNudger:
         Args:
             connect: opens a NudgeStream; takes a listener that is called without arguments at each answer.
             backlog: how many requests stand in the queue; without any there is nothing to move.
+            sharers: instances that take requests from it, this one included.
             on_sent: called after each nudge.
             on_defect: told the thread's name when something has raised in it.
             pause_s: how long the next request may take to come by itself after `execute()` has returned, or a nudge
@@ -67,6 +69,7 @@ class QueueNudger:
             idle_s: the stream is closed after this long without a need: nobody in `execute()`, every nudge answered.
             retry_s: pause after the server could not be reached.
         """
+        self._sharers = sharers
         self._connect, self._backlog, self._on_sent, self._on_defect = connect, backlog, on_sent, on_defect
         self._pause_s, self._answer_s, self._most_s = pause_s, answer_s, most_s
         self._idle_s, self._retry_s = idle_s, retry_s
@@ -149,7 +152,7 @@ class QueueNudger:
     def _look(self, left: int) -> bool:
         """Whether requests stand in the queue."""
         count = self._backlog()
-        self._queued_to = left + count
+        self._queued_to = left + -(-count // self._sharers)
         return count > 0
 
     def _someone_came(self, left: int, timeout_s: float) -> bool:

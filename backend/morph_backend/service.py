@@ -235,7 +235,8 @@ class Service:
             self._responder.fail(request, End("down", str(error)))
 
     def _reject(self, request: OpenRequest) -> None:
-        if request.channel.fail(Status.UNAVAILABLE, self._refusal):
+        # Where another process gives out the credits, it may refuse before this one has heard why.
+        if request.channel.fail(Status.UNAVAILABLE, self._refusal or SHUTTING_DOWN):
             self.closed(request, "rejected")
 
     # -- the engine's words --------------------------------------------------------------------------------------

@@ -29,3 +29,9 @@ def test_every_setting_reaches_the_check_and_the_server(name: str) -> None:
     )
     passed = {name: f"${{{name}:-{'30' if name == 'MORPH_DRAIN_S' else ''}}}" for name in (*ENVIRONMENT, *others)}
     assert given == {name: text for name, text in {**passed, **fixed}.items() if name not in FILES}
+
+
+def test_settings_stand_nowhere_but_in_environments() -> None:
+    """Compose refuses a service with a key that it does not know."""
+    for name, service in services().items():
+        assert not [key for key in service if key.startswith("MORPH_")], name

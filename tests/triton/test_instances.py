@@ -58,8 +58,9 @@ def test_instances_share_the_engine_and_wait_for_nobody_but_it(several: TritonSe
     with several.hold():
         streams = opened(several)
         os.kill(branch, signal.SIGSTOP)  # what it serves stands still, and nothing else
-    until(lambda: sum(stream.ended.is_set() for stream in streams) >= STREAMS / 3, what="the others' streams")
     until(lambda: several.metric("vllm:num_requests_running") == 0, what="the engine, which has done with all")
+    # Triton gives requests to whichever instance is idle: of 24, all to one or none to it would be no spread at all.
+    until(lambda: any(stream.ended.is_set() for stream in streams), what="the others' streams")
     assert not all(stream.ended.is_set() for stream in streams)
     os.kill(branch, signal.SIGCONT)
     for at, stream in enumerate(streams):

@@ -67,6 +67,8 @@ class TritonServer:
             "MORPH_METRICS_PORT": str(self.metrics),
             "TMPDIR": str(folder),
             "FAKE_GATE": str(folder / "gate-is-shut"),
+            # A repository of the test's own says how many there are; ours would have as many as the machine allows.
+            "MORPH_INSTANCES": "" if environment.get("MORPH_MODEL_REPOSITORY") else "1",
             "MORPH_COSTS": "off",  # a start takes long enough as it is, and nothing is left in the user's cache
             **environment,
         }

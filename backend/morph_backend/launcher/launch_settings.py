@@ -29,7 +29,7 @@ class LaunchSettings:
     repository: Path | None
     """Model repository; None: the checkout's, else the packaged one."""
     instances: int | None
-    """Serving processes of the model; None: as many as the repository's `config.pbtxt` says."""
+    """Serving processes of the model, if that is asked for."""
     verbose: bool
     """Whether all of Triton's log is printed."""
     triton: Path | None
@@ -125,7 +125,7 @@ def launch_settings(arguments: Sequence[str], env: Mapping[str, str]) -> LaunchS
         grpc_port=_port(values, "MORPH_GRPC_PORT", 8001),
         metrics_port=_port(values, "MORPH_METRICS_PORT", 8002),
         repository=Path(repository).resolve() if repository else None,
-        instances=_instances(values, "MORPH_INSTANCES", own=not repository),
+        instances=_instances(values, "MORPH_INSTANCES"),
         verbose=verbose or values.get("MORPH_LOG_VERBOSE", "") not in ("", "0"),
         triton=Path(triton).resolve() if triton else None,
         triton_arguments=_words(values, "MORPH_TRITON_ARGS"),
@@ -151,10 +151,9 @@ def default_instances() -> int:
     return max(1, min(8, len(os.sched_getaffinity(0)) // 5))
 
 
-def _instances(values: Mapping[str, str], name: str, *, own: bool) -> int | None:
-    """`own`: the repository is ours, so that nobody has chosen a number there."""
+def _instances(values: Mapping[str, str], name: str) -> int | None:
     if not (text := values.get(name, "")):
-        return default_instances() if own else None
+        return None
     if not (text.isascii() and text.isdigit() and 0 < int(text) <= MOST):
         raise ConfigError(f"{name} must be a number between 1 and {MOST}, but is '{text}'.")
     return int(text)

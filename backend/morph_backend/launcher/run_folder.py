@@ -12,7 +12,7 @@ import stat
 import tempfile
 from pathlib import Path
 
-from morph_backend.launcher.launch_settings import LaunchSettings
+from morph_backend.launcher.launch_settings import LaunchSettings, default_instances
 from morph_backend.launcher.processes import processes_of
 from morph_backend.launcher.triton_files import STUB, TritonFiles
 from morph_backend.settings import checkout_root
@@ -70,21 +70,24 @@ class RunFolder:
 
     def repository(self, settings: LaunchSettings) -> Path:
         """The model repository: the one asked for, the checkout's, or the packaged one written out; with as many
-        instances of the model as are asked for.
+        instances of the model as are asked for. If nobody has said how many, and the repository is ours and says 1,
+        there are as many as the processors allow.
 
         Raises:
-            ConfigError: its `config.pbtxt` does not say in our way how many there are.
+            ConfigError: a number is asked for, and its `config.pbtxt` does not say in our way how many there are.
         """
-        given = self._repository(settings)
+        given, wanted = self._repository(settings), settings.instances
         config = given / "morph" / "config.pbtxt"
-        if settings.instances is None or not config.is_file():
-            return given
-        text = config.read_text(encoding="utf-8")
-        changed, found = re.subn(r"(instance_group \[ \{ count: )\d+", rf"\g<1>{settings.instances}", text)
-        if found != 1:
+        text = config.read_text(encoding="utf-8") if config.is_file() else ""
+        said = re.search(r"^instance_group \[ \{ count: (\d+)\b", text, re.MULTILINE)
+        if wanted is None:
+            untouched = settings.repository is None and said is not None and said[1] == "1"
+            wanted = default_instances() if untouched else None
+        elif said is None and text:
             raise ConfigError(f"MORPH_INSTANCES: '{config}' has no line `instance_group [ {{ count: 1 ... }} ]`.")
-        if changed == text:
+        if wanted is None or said is None or int(said[1]) == wanted:
             return given
+        changed = f"{text[: said.start(1)]}{wanted}{text[said.end(1) :]}"
         folder = self.path / "repository"
         (folder / "morph").mkdir(parents=True)
         for source in (*given.iterdir(), *(given / "morph").iterdir()):

@@ -128,3 +128,43 @@ def test_the_limits_of_an_engine_that_has_come_up_hold_at_once() -> None:
     admission.set_limits(CreditLimits(1, step_tokens=100, seats=50))
     thread.join(60)
     assert result == [Admitted.YES]
+
+
+def test_who_asked_first_enters_first_however_much_he_asks_for() -> None:
+    """With several serving processes several wait: small requests must not take every credit that comes free."""
+    admission = Admission(CreditLimits(2))
+    admission.acquire([1, 2], PROMPT, never)
+    wide, entered = waits(admission, [10, 11, 12, 13])
+    small = threading.Thread(target=lambda: admission.acquire([20], PROMPT, never, poll_s=0.001), daemon=True)
+    small.start()
+    until(lambda: admission.waiting == 2)
+    admission.stepped([1], EngineNews(running=1))
+    small.join(0.1)
+    assert admission.waiting == 2 and not entered
+    admission.stepped([2], EngineNews(running=2))
+    wide.join(60)
+    assert entered == [Admitted.YES] and small.is_alive()
+    admission.stepped([10, 11, 12, 13], EngineNews(running=6))
+    small.join(60)
+    assert not small.is_alive()
+
+
+def test_who_gives_up_waiting_makes_way() -> None:
+    admission = Admission(CreditLimits(1))
+    admission.acquire([1], PROMPT, never)
+    left = threading.Event()
+    first = threading.Thread(target=lambda: admission.acquire([2], PROMPT, left.is_set, poll_s=600), daemon=True)
+    first.start()
+    until(lambda: admission.waiting == 1)
+    second: list[Admitted] = []
+    later = threading.Thread(
+        target=lambda: second.append(admission.acquire([3], PROMPT, never, poll_s=600)), daemon=True
+    )
+    later.start()
+    until(lambda: admission.waiting == 2)
+    left.set()
+    admission.wake()
+    first.join(60)
+    admission.release([1])
+    later.join(60)
+    assert second == [Admitted.YES]

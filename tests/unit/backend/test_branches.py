@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -191,8 +192,9 @@ def test_each_process_hears_of_its_own_outputs_in_order_and_the_owner_of_all_sta
     place, own, told = Place(0, 4, 0, ("m", "1")), Heard(), {1: [], 2: [], 3: []}  # type: ignore[var-annotated]
     branches = Branches(place, own, Admission(CreditLimits(1)), MetricsRecorder(), lambda _: None)
     for index, news in told.items():
-        branches.welcome(SimpleNamespace(index=index, step=news.append, close=lambda: None))  # type: ignore[arg-type]
+        branches.welcome(SimpleNamespace(index=index, step=news.append, tell=lambda _: None, close=lambda: None))  # type: ignore[arg-type]
 
+    before = msgspec.msgpack.encode(out)
     branches.on_step(out)
     branches.close()
 
@@ -214,7 +216,7 @@ def test_each_process_hears_of_its_own_outputs_in_order_and_the_owner_of_all_sta
         assert (news.waiting, news.running, news.short_of_blocks, news.from_engine) == (
             out.waiting, out.running, out.short_of_blocks, out.from_engine
         )  # fmt: skip
-    assert out.tokens == [*out.tokens], "the step itself is left as it was"
+    assert msgspec.msgpack.encode(out) == before, "the step itself is left as it was"
 
 
 def test_what_a_branch_asks_of_the_engine_reaches_it_and_the_answers_come_back(family: Family) -> None:
@@ -352,6 +354,7 @@ def test_two_owners_of_one_model_in_one_server_are_refused(family: Family) -> No
     second = Branches(family.places[0], Heard(), family.admission, family.recorder, family.defects.append)
     with pytest.raises(ConfigError, match="loaded already"):
         second.open()
+    second.close()
 
 
 def test_a_branch_that_vanishes_gives_back_what_it_held_and_ends_the_service(family: Family) -> None:
@@ -372,9 +375,39 @@ def test_requests_that_are_over_are_not_cancelled_when_their_process_ends(family
     until(lambda: family.heard[1].steps)
     link.tell(Bye())
     link._socket.shutdown(socket.SHUT_RDWR)
-    until(lambda: family.branches._connected[1].over)
+    until(lambda: not family.branches._connected)
     family.branches.close()
     assert not family.keeper.cancelled and not family.heard[0].words
+
+
+def test_a_model_that_is_loaded_beside_itself_takes_no_branch_away(family: Family) -> None:
+    another = OwnerLink(family.places[1])
+    with pytest.raises(ConfigError, match="loaded already"):
+        another.start(60)
+    another.close()
+    family.links[0].set_mode("off")
+    until(lambda: family.keeper.modes)
+    family.branches.on_step(StepOutput([], [TokenDelta(key(1), [7], [0])], [], 0, 0))
+    until(lambda: family.heard[1].steps)
+    assert not family.heard[0].words
+
+
+def test_credits_that_are_given_back_are_not_kept_in_mind(family: Family) -> None:
+    (link,) = family.links
+    for number in range(1, 20):
+        assert link.admission.acquire([key(1, number)], 5, never) is Admitted.YES
+        link.admission.release([key(1, number)])  # as for a request that turned out to be invalid
+    (branch,) = family.branches._connected.values()
+    until(lambda: not branch._keys and not family.admission._holders)
+
+
+def test_an_unload_in_any_order_is_no_failure(family: Family) -> None:
+    family.branches.close()
+    link = family.links[0]
+    until(lambda: link.admission._closed)
+    assert link._thread is not None
+    link._thread.join(60)
+    assert not family.heard[1].words and link.admission.acquire([key(1)], 5, never) is Admitted.CLOSED
 
 
 def test_streams_of_a_branch_end_when_the_owner_has_vanished(family: Family) -> None:
@@ -388,6 +421,7 @@ def test_the_end_is_told_to_all_once_whoever_sees_it(make_family: Callable[..., 
     family = make_family(3).start()
     family.links[0].gone("Triton hangs")
     until(lambda: family.heard[2].words)
+    until(lambda: family.heard[0].words)
     family.branches.on_down("the engine is given up, too")
     family.links[1].gone("so it does")
     family.links[1].set_mode("off")
@@ -419,7 +453,7 @@ def test_a_stranger_in_the_owners_place_is_told_nothing() -> None:
         link = OwnerLink(place)
         with pytest.raises(EngineDown, match="no instance of this server"):
             link.start(60)
-        link._socket.close()
+        link.close()
         assert stranger.wait(60) == 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from morph_backend.launcher.ensembles import ensembles_over, warning
-from morph_backend.launcher.launch_settings import check_names, launch_settings
+from morph_backend.launcher.launch_settings import check_names, default_instances, launch_settings
 from morph_backend.launcher.preflight import check_port
 from morph_backend.launcher.processes import end_processes, processes_of
 from morph_backend.launcher.run_folder import RunFolder, sweep_stale
@@ -120,8 +120,19 @@ def test_our_own_repository_has_as_many_instances_as_the_processors_allow(
 ) -> None:
     for processors, instances in ((1, 1), (9, 1), (16, 3), (32, 6), (128, 8)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, n=processors: range(n))
-        assert launch_settings([], {}).instances == instances
+        assert default_instances() == instances
     assert "count: 8 kind" in (run.repository(launch_settings([], {})) / "morph" / "config.pbtxt").read_text()
+
+
+@pytest.mark.parametrize(
+    "line", ["instance_group [ { count: 2 kind: KIND_MODEL } ]", "# instance_group [ { count: 1 } ]"]
+)
+def test_our_own_repository_is_served_as_it_is_once_somebody_has_changed_the_number(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(32))
+    monkeypatch.setattr(RunFolder, "_repository", lambda _run, _settings: repository(tmp_path, line))
+    assert run.repository(launch_settings([], {})) == tmp_path
 
 
 def test_python_and_numpy() -> None:
