@@ -46,7 +46,7 @@ from morph_runtime.weights.slots import LayerSlots
 
 EXTENTS = ((16 * GIB, 64 * 2**20), (4 * GIB, 16 * 2**20), (0, 2 * 2**20))
 """Bytes of an extent for budgets from so many bytes on. The driver takes about 25 us to unmap an extent, whatever its
-size, so large ones make shifts cheap; but the KV cache grows by whole blocks and extents at once, and less than that
+size, so large ones make shifts quick; but the KV cache grows by whole blocks and extents at once, and less than that
 may lie idle."""
 PLANES_PER_RANGE = 2**16
 """All of them: block-major. Decode reads every layout at the same speed (bench/gpu_kernels, kv_layout), and one range
