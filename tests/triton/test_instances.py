@@ -124,7 +124,8 @@ def test_streams_of_all_instances_go_on_after_the_engines_end(tmp_path: Path) ->
     prompts = [f"Chapter {at}. It was" for at in range(6)]
     try:
         server.wait_ready(120).wait_metrics()
-        expected = [text_of(GrpcStream(server).ask(prompt, sampling).rest()) for prompt in prompts]
+        calm = [GrpcStream(server).ask(prompt, sampling) for prompt in prompts]
+        expected = [text_of(stream.rest()) for stream in calm]
         streams = [GrpcStream(server).ask(prompt, sampling) for prompt in prompts]
         for stream in streams:
             stream.next()
