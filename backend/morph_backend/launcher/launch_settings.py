@@ -69,7 +69,11 @@ _OPTIONS: tuple[tuple[str, str, str], ...] = (
     ("--grpc-port", "MORPH_GRPC_PORT", "gRPC port (8001)"),
     ("--metrics-port", "MORPH_METRICS_PORT", "metrics port (8002)"),
     ("--model-repository", "MORPH_MODEL_REPOSITORY", "model repository with a folder 'morph'"),
-    ("--instances", "MORPH_INSTANCES", "processes that read, detokenize and send (one for every five processors)"),
+    (
+        "--instances",
+        "MORPH_INSTANCES",
+        "processes that read, detokenize and send (1; on a GPU one for every five processors)",
+    ),
     ("--triton-dir", "MORPH_TRITON_DIR", "an installed Triton, such as /opt/tritonserver (the embedded one)"),
     ("--triton-args", "MORPH_TRITON_ARGS", "further arguments for tritonserver, as one text"),
     ("--drain-seconds", "MORPH_DRAIN_S", "seconds for open streams to end at shutdown (30)"),

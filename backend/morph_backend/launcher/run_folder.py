@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import importlib.resources
+import json
 import os
 import re
 import shutil
@@ -71,7 +72,7 @@ class RunFolder:
     def repository(self, settings: LaunchSettings) -> Path:
         """The model repository: the one asked for, the checkout's, or the packaged one written out; with as many
         instances of the model as are asked for. If nobody has said how many, and the repository is ours and says 1,
-        there are as many as the processors allow.
+        there are as many as the processors allow, on a GPU: a CPU's engine wants the processors itself.
 
         Raises:
             ConfigError: a number is asked for, and its `config.pbtxt` does not say in our way how many there are.
@@ -82,7 +83,7 @@ class RunFolder:
         said = re.search(r"^instance_group \[ \{ count: (\d+)\b", text, re.MULTILINE)
         if wanted is None:
             untouched = settings.repository is None and said is not None and said[1] == "1"
-            wanted = default_instances() if untouched else None
+            wanted = default_instances() if untouched and _is_for_gpu(settings, given / "morph") else None
         elif said is None and text:
             raise ConfigError(f"MORPH_INSTANCES: '{config}' has no line `instance_group [ {{ count: 1 ... }} ]`.")
         if wanted is None or said is None or int(said[1]) == wanted:
@@ -115,6 +116,17 @@ class RunFolder:
         """Remove the folder and this run's shared memory."""
         _remove(self.path)
         self._owner.close()
+
+
+def _is_for_gpu(settings: LaunchSettings, model: Path) -> bool:
+    """Whether the environment, or else the model's own settings, name a GPU."""
+    device = settings.environment.get("MORPH_DEVICE")
+    if not device:
+        try:
+            device = json.loads((model / "1" / "model.json").read_text(encoding="utf-8")).get("device")
+        except (OSError, ValueError, AttributeError):
+            return False  # the check that follows says what is wrong with it
+    return device == "cuda"
 
 
 def sweep_stale() -> list[Path]:

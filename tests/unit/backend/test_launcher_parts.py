@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -115,24 +115,41 @@ def test_a_repository_that_says_it_in_another_way_is_not_changed_behind_its_owne
         run.repository(launch_settings(["--model-repository", str(given)], {"MORPH_INSTANCES": "3"}))
 
 
-def test_our_own_repository_has_as_many_instances_as_the_processors_allow(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def processors(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda count: monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(count))
+
+
+def test_our_own_repository_has_as_many_instances_as_the_processors_beside_a_gpu_allow(
+    run: RunFolder, processors: Callable[[int], None]
 ) -> None:
-    for processors, instances in ((1, 1), (9, 1), (16, 3), (32, 6), (128, 8)):
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid, n=processors: range(n))
+    for count, instances in ((1, 1), (9, 1), (16, 3), (32, 6), (128, 8)):
+        processors(count)
         assert default_instances() == instances
-    assert "count: 8 kind" in (run.repository(launch_settings([], {})) / "morph" / "config.pbtxt").read_text()
+    made = run.repository(launch_settings([], {"MORPH_DEVICE": "cuda"}))
+    assert "count: 8 kind" in (made / "morph" / "config.pbtxt").read_text()
 
 
 @pytest.mark.parametrize(
-    "line", ["instance_group [ { count: 2 kind: KIND_MODEL } ]", "# instance_group [ { count: 1 } ]"]
+    ("line", "model", "environment"),
+    [
+        ("instance_group [ { count: 2 kind: KIND_MODEL } ]", "{}", {"MORPH_DEVICE": "cuda"}),
+        ("# instance_group [ { count: 1 } ]", "{}", {"MORPH_DEVICE": "cuda"}),
+        ("instance_group [ { count: 1 } ]", "{}", {}),
+        ("instance_group [ { count: 1 } ]", "no JSON", {}),
+        ("instance_group [ { count: 1 } ]", '{"device": "cuda"}', {"MORPH_DEVICE": "cpu"}),
+    ],
+    ids=["another number", "another form", "a CPU", "a broken file", "a CPU after all"],
 )
-def test_our_own_repository_is_served_as_it_is_once_somebody_has_changed_the_number(
-    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: range(32))
-    monkeypatch.setattr(RunFolder, "_repository", lambda _run, _settings: repository(tmp_path, line))
-    assert run.repository(launch_settings([], {})) == tmp_path
+def test_our_own_repository_is_served_as_it_is(
+    run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processors: Callable[[int], None],
+    line: str, model: str, environment: dict[str, str],
+) -> None:  # fmt: skip
+    processors(32)
+    given = repository(tmp_path, line)
+    (given / "morph" / "1" / "model.json").write_text(model)
+    monkeypatch.setattr(RunFolder, "_repository", lambda _run, _settings: given)
+    assert run.repository(launch_settings([], environment)) == given
 
 
 def test_python_and_numpy() -> None:
