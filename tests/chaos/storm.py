@@ -163,8 +163,7 @@ def _run(server: TritonServer, weather: Weather, report: Report, clock: false_cl
     with ThreadPoolExecutor(3 * MOST_CLIENTS) as crowd:
         # So that whatever is made at first use is there: one after the other, and with a backlog in Triton's queue.
         for ask in asks:
-            for _ in range(MOST_CLIENTS):
-                streams.run(server, ask, 30.0)
+            streams.run(server, ask, 30.0)
         list(crowd.map(lambda ask: streams.run(server, ask, 30.0), asks * MOST_CLIENTS))
     check.wait_idle(server)
     report.before = check.footprint(server)

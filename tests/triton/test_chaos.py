@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.triton, pytest.mark.timeout(300)]
 
 @pytest.mark.parametrize("levels", ["fixed", "free"])
 def test_no_stream_is_lost_in_a_storm(tmp_path: Path, levels: str) -> None:
-    weather = storm.Weather(seed=11, seconds=14, every_s=4, levels=levels, max_tokens=60, silence_s=3)
+    weather = storm.Weather(seed=11, seconds=12, every_s=3.5, levels=levels, max_tokens=60, silence_s=3)
     report = storm.storm(weather, tmp_path)
     print(*report.lines(), sep="\n")
     assert report.good, "\n".join(report.lines())

@@ -67,12 +67,17 @@ def up(server: TritonServer) -> None:
     until(lambda: server.metric("morph_engine_up") == 1, what="the engine")
 
 
+@pytest.fixture(scope="module")
+def calm(exact: TritonServer) -> dict[str, str]:
+    """What each of `SAMPLINGS` gives undisturbed."""
+    streams = {name: GrpcStream(exact).ask("Once upon a time", sampling) for name, sampling in SAMPLINGS.items()}
+    return {name: text_of(stream.rest(100)) for name, stream in streams.items()}
+
+
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP], ids=lambda blow: blow.name)
-def test_streams_go_on_as_if_nothing_had_happened(exact: TritonServer, blow: signal.Signals) -> None:
-    calm = {
-        name: text_of(GrpcStream(exact).ask("Once upon a time", sampling).rest(100))
-        for name, sampling in SAMPLINGS.items()
-    }
+def test_streams_go_on_as_if_nothing_had_happened(
+    exact: TritonServer, calm: dict[str, str], blow: signal.Signals
+) -> None:
     restarts = exact.metric("morph_engine_restarts_total")
     streams = {
         name: GrpcStream(exact).ask("Once upon a time", sampling, return_recomputed_at=True, return_morph_level=True)
