@@ -53,7 +53,7 @@ def opened(server: TritonServer) -> list[GrpcStream]:
     return streams
 
 
-def test_instances_share_the_engine_and_wait_for_nobody_but_it(several: TritonServer) -> None:
+def test_instances_share_the_engine_wait_for_nobody_but_it_and_drain_together(several: TritonServer) -> None:
     _owner, branch, _other = serving_processes(several)
     with several.hold():
         streams = opened(several)
@@ -70,11 +70,10 @@ def test_instances_share_the_engine_and_wait_for_nobody_but_it(several: TritonSe
     until(lambda: several.metric("morph_requests_total", outcome="length") == STREAMS, what="the count of all")
     assert several.metric("vllm:generation_tokens_total") == STREAMS * TOKENS
     assert several.metric("vllm:prompt_tokens_total") > 0 and several.metric("morph_backend_errors_total") == 0
-    assert several.stop() == 0
-    assert not several.family() and not several.shared_memory()
+    _sigterm_lets_all_streams_end(several)
 
 
-def test_sigterm_lets_the_streams_of_all_instances_end(several: TritonServer) -> None:
+def _sigterm_lets_all_streams_end(several: TritonServer) -> None:
     with several.hold():
         streams = opened(several)
         several.process.send_signal(signal.SIGTERM)
@@ -82,6 +81,7 @@ def test_sigterm_lets_the_streams_of_all_instances_end(several: TritonServer) ->
     for stream in streams:
         assert not any(answer.error for answer in stream.rest())
     assert several.process.wait(60) == 0
+    assert not several.family() and not several.shared_memory()
 
 
 def test_an_instance_that_is_killed_ends_the_server_with_a_sentence(several: TritonServer) -> None:
