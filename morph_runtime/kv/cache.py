@@ -104,7 +104,7 @@ class KVCache:
         """
         if quanta < 0:
             raise ValueError(f"cannot grow by {quanta} quanta")
-        if self._growing is not None:
+        if self.is_growing:
             raise IntegrityError("The KV cache is growing already.")
         blocks = quanta * self.quantum_blocks
         needed = quanta * self.quantum_extents
@@ -121,6 +121,11 @@ class KVCache:
             self._call_off(quanta, moves)
             raise
         self._growing = quanta, moves
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether a growth has begun and not been ended."""
+        return self._growing is not None
 
     @property
     def has_grown(self) -> bool:
@@ -155,7 +160,7 @@ class KVCache:
         """
         if quanta < 0:
             raise ValueError(f"cannot shrink by {quanta} quanta")
-        if self._growing is not None:
+        if self.is_growing:
             raise IntegrityError("The KV cache is growing.")
         if quanta * self.quantum_blocks > self.mapped_blocks:
             raise IntegrityError(f"The KV cache has {self.mapped_blocks} blocks and cannot lose {quanta} quanta.")

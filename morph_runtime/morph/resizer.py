@@ -37,7 +37,6 @@ class KVResizer:
         self._running = running
         self._order = order
         self._shrinking: tuple[int, Fence] | None = None
-        self._growing = False
         self.has_lent = False
         """Free blocks have been lent to changes and not been taken back."""
         self.blocks_migrated = 0
@@ -50,7 +49,7 @@ class KVResizer:
     @property
     def is_settled(self) -> bool:
         """The KV cache neither grows nor shrinks, and no page is on its way to anywhere."""
-        return self._shrinking is None and not self._growing and self._arena.is_settled
+        return self._shrinking is None and not self._cache.is_growing and self._arena.is_settled
 
     def check(self, wait: bool = False) -> None:
         """See what has come of the pages on their way, of weights too.
@@ -77,7 +76,6 @@ class KVResizer:
         quanta = max(0, min(spare, (most - self._cache.mapped_blocks) // self._cache.quantum_blocks))
         if quanta:
             self._cache.begin_growth(quanta)
-            self._growing = True
         self.has_lent = False
         self.publish()
         return quanta * self._cache.quantum_blocks
@@ -88,8 +86,7 @@ class KVResizer:
         Raises:
             OSError: the system refused it; nothing has changed since before the growth.
         """
-        if self._growing and (wait or self._cache.has_grown):
-            self._growing = False
+        if self._cache.is_growing and (wait or self._cache.has_grown):
             self._cache.end_growth()
             self._pool.grow(self._cache.mapped_blocks)
 
@@ -131,7 +128,7 @@ class KVResizer:
         At most half of the free tail, so that what runs can go on growing. Nothing moves, nothing is evicted; the pages
         are free after `finish`, as with `lower`.
         """
-        if self._growing or self._shrinking is not None or extents <= 0:
+        if self._cache.is_growing or self._shrinking is not None or extents <= 0:
             return
         blocks, cost = self._cache.quantum_blocks, self._cache.quantum_extents
         quanta = min(-(-extents // cost), self._pool.free_tail // 2 // blocks)
@@ -144,7 +141,7 @@ class KVResizer:
     def finish(self, wait: bool = False) -> bool:
         """Give back the pages of a shrink once nothing reads them; True if neither that nor a growth is under way."""
         if self._shrinking is None:
-            return not self._growing
+            return not self._cache.is_growing
         quanta, fence = self._shrinking
         if wait:
             fence.wait()

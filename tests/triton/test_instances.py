@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ TOKENS = 20
 def serving_processes(server: TritonServer) -> list[int]:
     """The instances' process ids, the owner's first: it alone is known to the launcher."""
     (run,) = server.log.parent.glob("morphserve-*")
-    owner = int((run / "ready").read_text().partition('"pid": ')[2].rstrip("}"))
+    owner = json.loads((run / "ready").read_text())["pid"]
     found = [pid for pid in server.family() if b"backend_stub" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(found) == INSTANCES
     return [owner, *(pid for pid in found if pid != owner)]
